@@ -68,12 +68,15 @@ type File struct {
 	io.ReadCloser
 	// Size is in bytes; negative when the server did not say.
 	Size int64
+	// Mode holds the permission bits; 0 when the server did not say.
+	Mode uint32
 }
 
-// GetFile opens a file for reading; the caller closes it. A transfer that is
-// cut short makes Read fail, with something other than io.EOF.
-func (c *Client) GetFile(ctx context.Context, id, path string) (*File, error) {
-	u, err := c.fileURL(id, "", path, nil)
+// GetFile opens a file for reading as a user (empty: the template's default);
+// the caller closes it. A transfer that is cut short makes Read fail, with
+// something other than io.EOF.
+func (c *Client) GetFile(ctx context.Context, id, path, user string) (*File, error) {
+	u, err := c.fileURL(id, "", path, userQuery(user))
 	if err != nil {
 		return nil, err
 	}
@@ -81,7 +84,21 @@ func (c *Client) GetFile(ctx context.Context, id, path string) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &File{ReadCloser: res.Body, Size: res.ContentLength}, nil
+	f := &File{ReadCloser: res.Body, Size: res.ContentLength}
+	if m, err := strconv.ParseUint(res.Header.Get(headerMode), 8, 12); err == nil {
+		f.Mode = uint32(m)
+	}
+	return f, nil
+}
+
+// headerMode carries a file's permission bits in octal.
+const headerMode = "X-File-Mode"
+
+func userQuery(user string) url.Values {
+	if user == "" {
+		return nil
+	}
+	return url.Values{"user": {user}}
 }
 
 // PutFile creates or replaces a file with what r gives until io.EOF. After a
@@ -122,23 +139,35 @@ func (c *Client) PutFile(ctx context.Context, id, path string, r io.Reader, o Pu
 	return res.Body.Close()
 }
 
-// DeleteFile removes a file or a directory with all it holds.
-func (c *Client) DeleteFile(ctx context.Context, id, path string) error {
-	u, err := c.fileURL(id, "", path, nil)
+// DeleteFile removes a file or a directory with all it holds, as a user
+// (empty: the template's default).
+func (c *Client) DeleteFile(ctx context.Context, id, path, user string) error {
+	u, err := c.fileURL(id, "", path, userQuery(user))
 	if err != nil {
 		return err
 	}
 	return c.call(ctx, http.MethodDelete, u, nil, nil)
 }
 
-// ListFiles lists a directory, depth levels down; 0 means 1.
-func (c *Client) ListFiles(ctx context.Context, id, path string, depth int) ([]FileEntry, error) {
-	q := url.Values{}
-	if depth < 0 {
-		return nil, invalid("depth %d: must not be negative", depth)
+// ListFilesOptions says how a directory is listed.
+type ListFilesOptions struct {
+	// Depth is how many levels down; 0 means 1.
+	Depth int
+	// User lists it; empty means the template's default user.
+	User string
+}
+
+// ListFiles lists a directory.
+func (c *Client) ListFiles(ctx context.Context, id, path string, o ListFilesOptions) ([]FileEntry, error) {
+	if o.Depth < 0 {
+		return nil, invalid("depth %d: must not be negative", o.Depth)
 	}
-	if depth > 0 {
-		q.Set("depth", strconv.Itoa(depth))
+	q := url.Values{}
+	if o.User != "" {
+		q.Set("user", o.User)
+	}
+	if o.Depth > 0 {
+		q.Set("depth", strconv.Itoa(o.Depth))
 	}
 	u, err := c.fileURL(id, "list", path, q)
 	if err != nil {
@@ -153,9 +182,10 @@ func (c *Client) ListFiles(ctx context.Context, id, path string, depth int) ([]F
 	return out.Entries, nil
 }
 
-// MakeDir creates a directory and those above it; one that exists is fine.
-func (c *Client) MakeDir(ctx context.Context, id, path string) error {
-	u, err := c.fileURL(id, "mkdir", path, nil)
+// MakeDir creates a directory and those above it, as a user (empty: the
+// template's default); one that exists is fine.
+func (c *Client) MakeDir(ctx context.Context, id, path, user string) error {
+	u, err := c.fileURL(id, "mkdir", path, userQuery(user))
 	if err != nil {
 		return err
 	}

@@ -6,13 +6,14 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 )
 
 // CreateSandboxRequest says what to create. Zero fields are left to the server.
 type CreateSandboxRequest struct {
-	// Template is the name of a base or a snapshot.
-	Template string `json:"template"`
+	// Template is the name of a base or a snapshot; empty means base.
+	Template string `json:"template,omitempty"`
 	// VCPUs and MemoryMB (MiB) are fixed by a snapshot: left out or equal.
 	VCPUs    int `json:"vcpus,omitempty"`
 	MemoryMB int `json:"memory_mb,omitempty"`
@@ -28,8 +29,8 @@ type CreateSandboxRequest struct {
 
 // ListSandboxesOptions filters a list; zero means everything.
 type ListSandboxesOptions struct {
-	// Status is one of the Status constants.
-	Status string
+	// Status holds some of the Status constants; empty means all but stopped.
+	Status []string
 	// Metadata must all be present with these values.
 	Metadata map[string]string
 	// Limit is the largest number in one page; 0 means the server's.
@@ -46,8 +47,10 @@ type SandboxPage struct {
 
 // CreateSandbox creates a sandbox from a template.
 func (c *Client) CreateSandbox(ctx context.Context, req CreateSandboxRequest) (*Sandbox, error) {
-	if err := checkName(req.Template); err != nil {
-		return nil, err
+	if req.Template != "" {
+		if err := checkName(req.Template); err != nil {
+			return nil, err
+		}
 	}
 	return c.sandboxCall(ctx, http.MethodPost, c.url(nil, "v1", "sandboxes"), req)
 }
@@ -63,8 +66,8 @@ func (c *Client) GetSandbox(ctx context.Context, id string) (*Sandbox, error) {
 // ListSandboxes returns one page; Sandboxes walks over all of them.
 func (c *Client) ListSandboxes(ctx context.Context, o ListSandboxesOptions) (*SandboxPage, error) {
 	q := url.Values{}
-	if o.Status != "" {
-		q.Set("status", o.Status)
+	if len(o.Status) > 0 {
+		q.Set("status", strings.Join(o.Status, ","))
 	}
 	for k, v := range o.Metadata {
 		q.Set("metadata."+k, v)
