@@ -1,0 +1,189 @@
+// Package store keeps the control plane's rows in SQLite (one machine) or
+// PostgreSQL: one implementation of control.Store over database/sql, in SQL
+// that both take, with embedded migrations.
+//
+// Imported by cmd; the conformance suite that both databases pass is storetest.
+//
+// Invariants:
+//
+//  1. A method that returns nil has its change on disk (SQLite: WAL with
+//     synchronous=FULL).
+//  2. A row of sandboxes changes only by a statement that compares its version.
+//  3. Migrations are append-only and run before Open returns.
+package store
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	_ "github.com/jackc/pgx/v5/stdlib" // driver "pgx"
+	"github.com/pressly/goose/v3"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+
+	"git.omukk.dev/wrenn/sandbox/internal/control"
+)
+
+//go:embed migrations/*.sql
+var migrations embed.FS
+
+// DB is a control.Store.
+type DB struct {
+	db       *sql.DB
+	postgres bool
+}
+
+var _ control.Store = (*DB)(nil)
+
+// Open connects to the database of dsn, a postgres:// URL or the path of an
+// SQLite file (made with mode 0600 if it is missing), and brings its tables up
+// to date.
+func Open(ctx context.Context, dsn string) (*DB, error) {
+	d := &DB{postgres: strings.HasPrefix(dsn, "postgres://") || strings.HasPrefix(dsn, "postgresql://")}
+	var err error
+	if d.postgres {
+		d.db, err = sql.Open("pgx", dsn)
+	} else {
+		d.db, err = openSQLite(strings.TrimPrefix(dsn, "sqlite:"))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open database: %w", err)
+	}
+	d.db.SetMaxOpenConns(8)
+	d.db.SetMaxIdleConns(8)
+	if err := d.migrate(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("migrate database: %w", err), d.db.Close())
+	}
+	return d, nil
+}
+
+func openSQLite(path string) (*sql.DB, error) {
+	if path == "" {
+		return nil, errors.New("the path of the SQLite file is empty")
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	// SQLite would make it with the umask's mode; its side files take this one's.
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Close(); err != nil {
+		return nil, err
+	}
+	q := url.Values{"_pragma": {
+		"busy_timeout(10000)", "journal_mode(WAL)", "foreign_keys(1)", "synchronous(FULL)",
+	}}
+	// A transaction takes the write lock at once: one that begins by reading
+	// could not wait for it later.
+	q.Set("_txlock", "immediate")
+	u := url.URL{Scheme: "file", Path: path, RawQuery: q.Encode()}
+	return sql.Open("sqlite", u.String())
+}
+
+func (d *DB) migrate(ctx context.Context) error {
+	dir, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return err
+	}
+	dialect := goose.DialectSQLite3
+	if d.postgres {
+		dialect = goose.DialectPostgres
+	}
+	p, err := goose.NewProvider(dialect, d.db, dir)
+	if err != nil {
+		return err
+	}
+	_, err = p.Up(ctx)
+	return err
+}
+
+// Close closes the connections.
+func (d *DB) Close() error { return d.db.Close() }
+
+// Ping tells whether the database answers.
+func (d *DB) Ping(ctx context.Context) error {
+	var one int
+	return d.db.QueryRowContext(ctx, "SELECT 1").Scan(&one)
+}
+
+// duplicate reports a violated primary key or unique constraint.
+func duplicate(err error) bool {
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return e.Code == "23505"
+	}
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		return e.Code() == sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY || e.Code() == sqlite3.SQLITE_CONSTRAINT_UNIQUE
+	}
+	return false
+}
+
+func inserted(err error) error {
+	if duplicate(err) {
+		return control.ErrExists
+	}
+	return err
+}
+
+// affected turns a statement that changed no row into none.
+func affected(r sql.Result, err, none error) error {
+	if err != nil {
+		return err
+	}
+	n, err := r.RowsAffected()
+	if err != nil {
+		return err
+	}
+	if n == 0 {
+		return none
+	}
+	return nil
+}
+
+func found(err error) error {
+	if errors.Is(err, sql.ErrNoRows) {
+		return control.ErrNotFound
+	}
+	return err
+}
+
+func micros(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixMicro()
+}
+
+func fromMicros(n int64) time.Time {
+	if n == 0 {
+		return time.Time{}
+	}
+	return time.UnixMicro(n).UTC()
+}
+
+func flag(b bool) int64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// args numbers the values of a statement that is put together in parts.
+type args []any
+
+func (a *args) add(v any) string {
+	*a = append(*a, v)
+	return fmt.Sprintf("$%d", len(*a))
+}
