@@ -235,9 +235,8 @@ func (p *Pool) Acquire(ctx context.Context, sandboxID string) (*Slot, error) {
 	select {
 	case r = <-ch:
 	case <-ctx.Done():
-		if r = p.abandon(ch); r.slot != nil {
-			r = result{err: context.Cause(ctx)}
-		}
+		p.abandon(ch)
+		r.err = context.Cause(ctx)
 	}
 	if r.err != nil {
 		return nil, fmt.Errorf("acquire a network slot: %w", r.err)
@@ -248,22 +247,20 @@ func (p *Pool) Acquire(ctx context.Context, sandboxID string) (*Slot, error) {
 
 // abandon takes a waiter off the list. A slot that it was given meanwhile goes
 // back: nobody has touched it.
-func (p *Pool) abandon(ch chan result) result {
+func (p *Pool) abandon(ch chan result) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i, w := range p.waiters {
 		if w == ch {
 			p.waiters = append(p.waiters[:i], p.waiters[i+1:]...)
-			return result{err: context.Canceled}
+			return
 		}
 	}
-	r := <-ch
-	if r.slot != nil && !p.closed {
+	if r := <-ch; r.slot != nil && !p.closed {
 		delete(p.used, r.slot.Index)
 		p.ready = append(p.ready, r.slot)
 		p.schedule()
 	}
-	return r
 }
 
 // schedule hands prepared slots to those who wait, starts builds for those who

@@ -1,0 +1,78 @@
+package hostnet
+
+import (
+	"context"
+	"errors"
+	"os"
+	"runtime/pprof"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func TestDialParallel(t *testing.T) {
+	w := newWorld(t)
+	p := newTestPool(t, Options{Max: 1})
+	s := acquire(t, p)
+	g := w.newGuest(t, s)
+	w.serveTCP(t, g.ns, 7)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	before := pprof.Lookup("threadcreate").Count()
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			c, err := s.Dial(ctx, 7)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			buf := make([]byte, 100)
+			if n, err := c.Read(buf); n == 0 {
+				t.Error("no answer:", err)
+			}
+		})
+	}
+	wg.Wait()
+	if made := pprof.Lookup("threadcreate").Count() - before; made > maxThreads+24 {
+		t.Errorf("%d threads made by 200 dials", made)
+	}
+	// Everything is back in the host's namespace.
+	var home, now syscall.Stat_t
+	must(t, syscall.Stat("/proc/self/ns/net", &home))
+	tasks, err := os.ReadDir("/proc/self/task")
+	must(t, err)
+	for _, task := range tasks {
+		if syscall.Stat("/proc/self/task/"+task.Name()+"/ns/net", &now) == nil && now.Ino != home.Ino {
+			t.Errorf("thread %s is in another namespace", task.Name())
+		}
+	}
+}
+
+func TestDialErrors(t *testing.T) {
+	w := newWorld(t)
+	p := newTestPool(t, Options{Max: 1})
+	s := acquire(t, p)
+	ctx := context.Background()
+	for _, port := range []int{-1, 0, 65536} {
+		if _, err := s.Dial(ctx, port); err == nil {
+			t.Errorf("dialed port %d", port)
+		}
+	}
+	// No guest yet: silence, until the context ends.
+	short, cancel := context.WithTimeout(ctx, 30*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	if _, err := s.Dial(short, 7); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("dial into silence: %v", err)
+	}
+	if took := time.Since(start); took > 2*time.Second {
+		t.Errorf("cancelled only after %v", took)
+	}
+	w.newGuest(t, s)
+	if _, err := s.Dial(ctx, 7); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("dial to a closed port: %v", err)
+	}
+}
