@@ -132,12 +132,22 @@ func checkID(id string) error {
 // hours, and ten times what measuring errs by.
 const tscTolerance = 5000
 
+// series is "7.2" of "7.2.22": bug fix releases within a series read each
+// other's device state, and distributions bring them as security updates.
+func series(version string) string {
+	parts := strings.SplitN(version, ".", 3)
+	if len(parts) < 2 {
+		return version
+	}
+	return parts[0] + "." + parts[1]
+}
+
 // Fits compares the host that saved a state (saved) with this one. The error,
 // one sentence, wraps ErrIncompatible.
 func (i Info) Fits(saved Info) error {
 	for _, f := range []struct{ name, saved, here string }{
 		{"VMM", saved.Kind, i.Kind},
-		{"VMM version", saved.Version, i.Version},
+		{"VMM version", series(saved.Version), series(i.Version)},
 		{"accelerator", saved.Accel, i.Accel},
 		{"machine type", saved.MachineType, i.MachineType},
 		{"CPU model", saved.CPUModel, i.CPUModel},
