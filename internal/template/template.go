@@ -3,7 +3,10 @@ package template
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"math"
+	"path/filepath"
 )
 
 // DefaultDiskSize is the size of the root disk where Options names none: 8 GiB.
@@ -52,7 +55,46 @@ type Result struct {
 }
 
 // Build makes the base template, or finds it in the cache. It is safe to call
-// from several processes at once: one builds, the others wait and find it.
+// from several processes at once: one builds, the others wait and find it. A
+// build that fails or is cancelled leaves nothing that a later one uses; errors
+// name the remedy where there is a usual one.
 func Build(ctx context.Context, o Options) (Result, error) {
-	return Result{}, errors.New("not implemented")
+	b, err := newBuilder(o)
+	if err != nil {
+		return Result{}, fmt.Errorf("base template: %w", err)
+	}
+	r, err := b.build(ctx)
+	if err != nil {
+		return Result{}, fmt.Errorf("base template: %w", err)
+	}
+	return r, nil
+}
+
+func (o *Options) setDefaults() error {
+	if o.SourceDateEpoch == 0 {
+		o.SourceDateEpoch = DefaultSourceDateEpoch
+	}
+	if o.DiskSizeBytes == 0 {
+		o.DiskSizeBytes = DefaultDiskSize
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	switch {
+	case o.Dir == "" || o.Cache == "" || o.EnvdPath == "":
+		return errors.New("Dir, Cache and EnvdPath must be given")
+	case o.SourceDateEpoch < 0 || o.SourceDateEpoch > math.MaxInt32:
+		return fmt.Errorf("SourceDateEpoch is %d, want 1 to %d", o.SourceDateEpoch, math.MaxInt32)
+	case o.DiskSizeBytes < minDisk || o.DiskSizeBytes > maxDisk || o.DiskSizeBytes%blockSize != 0:
+		return fmt.Errorf("DiskSizeBytes is %d, want a multiple of %d from %d to %d",
+			o.DiskSizeBytes, blockSize, int64(minDisk), int64(maxDisk))
+	}
+	for _, p := range []*string{&o.Dir, &o.Cache, &o.EnvdPath} {
+		abs, err := filepath.Abs(*p)
+		if err != nil {
+			return err
+		}
+		*p = abs
+	}
+	return nil
 }

@@ -1,0 +1,45 @@
+// Command testmain stands in for envd where boot is tested: the same modes, and
+// a service that answers /health and nothing else.
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+
+	"git.omukk.dev/wrenn/sandbox/internal/guest/boot"
+)
+
+func main() {
+	mode := ""
+	if len(os.Args) > 1 {
+		mode = os.Args[1]
+	}
+	if filepath.Base(os.Args[0]) == "init" && mode == "" {
+		mode = "initrd"
+	}
+	switch mode {
+	case "initrd":
+		boot.Initrd()
+	case "init":
+		boot.Init()
+	case "serve":
+		serve()
+	default:
+		fmt.Fprintln(os.Stderr, "usage: testmain initrd|init|serve")
+		os.Exit(2)
+	}
+}
+
+func serve() {
+	uptime, err := os.ReadFile("/proc/uptime")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	fmt.Printf("testmain serve: up at %s", uptime)
+	http.HandleFunc("/health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	fmt.Fprintln(os.Stderr, http.ListenAndServe(":49983", nil))
+	os.Exit(1)
+}
