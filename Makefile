@@ -1,0 +1,44 @@
+# One entry point. Each target answers a question; `make help` lists them.
+SHELL := /bin/bash
+GO ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+LDFLAGS := -s -w -X main.buildVersion=$(VERSION)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test unit e2e bench lint generate clean
+
+help: ## What can I do here?
+	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## What does this machine need? (installs Debian packages, as root)
+	@scripts/setup
+
+build: ## Does it compile? (static bin/wrenn and bin/envd)
+	@mkdir -p bin
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/wrenn ./cmd/wrenn
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o bin/envd ./cmd/envd
+
+demo: setup build ## What does it do? (real VMs, the whole life cycle, a table of times)
+	@scripts/with-state demo $(GO) run ./test/demo
+
+test: setup build lint unit e2e ## Does all of it work? (unit tests with -race, then real VMs)
+
+unit: ## Do the parts work? (go test -race, no base template needed)
+	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v /test/)
+
+e2e: build ## Does the whole work on real VMs?
+	@scripts/with-state test $(GO) test -count=1 -timeout 40m -v ./test/...
+
+bench: setup build ## How fast is it? (ratios and medians, printed with the machine they were measured on)
+	@scripts/with-state bench $(GO) run ./test/bench
+
+lint: ## Is it in order? (formatting, vet)
+	@out=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$out" || { echo "gofmt would change:"; echo "$$out"; exit 1; }
+	$(GO) vet ./...
+
+generate: ## Is the generated code up to date? (needs the network, writes internal/gen)
+	$(GO) run github.com/bufbuild/buf/cmd/buf@v1.61.0 generate
+
+clean: ## How do I get rid of what was built? (binaries and the development state)
+	rm -rf bin
+	@scripts/with-state --clean

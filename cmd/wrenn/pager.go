@@ -1,0 +1,55 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/pager"
+	"git.omukk.dev/wrenn/sandbox/snapshot"
+)
+
+func pagerSocket(dir string) string { return filepath.Join(dir, "run", "pager.sock") }
+
+// newPagerCmd is the process that serves guest memory and disks. `wrenn up`
+// starts it; people do not.
+func newPagerCmd() *cobra.Command {
+	var dir string
+	cmd := &cobra.Command{
+		Use: "pager", Short: "Serve guest memory and disks (started by up)", Hidden: true,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			log := newLogger(upOptions{})
+			lock, err := os.OpenFile(filepath.Join(dir, "run", "pager.lock"), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+			if err != nil {
+				return fmt.Errorf("open the pager's lock: %w", err)
+			}
+			defer lock.Close()
+			if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+				return fmt.Errorf("another pager serves %s", dir)
+			}
+			store, err := snapshot.Open(filepath.Join(dir, "store"), snapshot.Options{Logger: log})
+			if err != nil {
+				return fmt.Errorf("open the snapshot store: %w", err)
+			}
+			defer store.Close()
+			s, err := pager.New(pager.Options{Dir: filepath.Join(dir, "run", "pager"), Store: store, Version: version(), Logger: log})
+			if err != nil {
+				return err
+			}
+			err = s.Serve(ctx, pagerSocket(dir))
+			// No Close: the userfaultfds end with the process, and a VM that
+			// still lives is taken up by the next pager.
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&dir, "dir", stateDir(), "state directory")
+	return cmd
+}

@@ -1,0 +1,239 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/agent"
+	"git.omukk.dev/wrenn/sandbox/internal/control"
+	"git.omukk.dev/wrenn/sandbox/internal/engine"
+	"git.omukk.dev/wrenn/sandbox/internal/gen/hostagent/v1/hostagentv1connect"
+	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
+	"git.omukk.dev/wrenn/sandbox/internal/httpapi"
+	"git.omukk.dev/wrenn/sandbox/internal/pager"
+	"git.omukk.dev/wrenn/sandbox/internal/store"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
+	"git.omukk.dev/wrenn/sandbox/snapshot"
+)
+
+// stack is all that `wrenn up` runs, wired from the bottom up. What was opened
+// is closed in reverse order, by one list.
+type stack struct {
+	handler http.Handler
+
+	log     *slog.Logger
+	engine  *engine.Engine
+	pool    *hostnet.Pool
+	keeper  *pager.Keeper
+	closers []func() error
+}
+
+func (s *stack) push(f func() error) { s.closers = append(s.closers, f) }
+
+// newStack opens everything. Progress of a template build goes to w.
+func newStack(ctx context.Context, o upOptions, log *slog.Logger, w io.Writer) (_ *stack, err error) {
+	s := &stack{log: log}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.closeAll())
+		}
+	}()
+	if err := s.lockDir(o.dir); err != nil {
+		return nil, err
+	}
+	base, err := buildTemplate(ctx, o.dir, log, w)
+	if err != nil {
+		return nil, err
+	}
+	snapshots, err := snapshot.Open(filepath.Join(o.dir, "store"), snapshot.Options{Logger: log})
+	if err != nil {
+		return nil, fmt.Errorf("open the snapshot store: %w", err)
+	}
+	s.push(snapshots.Close)
+	if err := s.openHost(ctx, o, snapshots, base); err != nil {
+		return nil, err
+	}
+	client, err := s.serveAgent(o.dir)
+	if err != nil {
+		return nil, err
+	}
+	return s, s.openControl(ctx, o, client)
+}
+
+// lockDir refuses a second server on one state directory.
+func (s *stack) lockDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make the state directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("open the state directory's lock: %w", err)
+	}
+	s.push(f.Close)
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("another wrenn server has the state directory %s; end it, or choose another with --dir", dir)
+	}
+	return nil
+}
+
+// openHost starts what runs VMs: network, pager, engine.
+func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.Store, base template.Result) error {
+	driver := qemu.New(qemu.Options{
+		ProbeKernel: base.Kernel, ProbeCache: filepath.Join(o.dir, "kvm-verdict.json"), Logger: s.log,
+	})
+	pool, err := hostnet.NewPool(ctx, hostnet.Options{Size: o.pool, Prefix: o.addresses, StateDir: o.dir, Logger: s.log})
+	if err != nil {
+		return fmt.Errorf("prepare the sandboxes' network: %w", err)
+	}
+	s.pool = pool
+	s.push(func() error { return pool.Close(context.Background(), s.slotsInUse()) })
+	exe, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find this program: %w", err)
+	}
+	keeper, err := pager.Keep(ctx, pager.KeeperOptions{
+		Command: []string{exe, "pager", "--dir", o.dir},
+		Socket:  pagerSocket(o.dir), LogPath: filepath.Join(o.dir, "run", "pager.log"), Logger: s.log,
+	})
+	if err != nil {
+		return err
+	}
+	s.keeper = keeper
+	s.push(s.closePager)
+	e, err := engine.New(ctx, engine.Options{
+		Dir: o.dir, Store: snapshots, Driver: driver, Network: engine.HostNetwork(pool), Pager: keeper.Client(),
+		MemoryLimitMB: o.memoryLimit, Cmdline: "wrenn.dns=" + o.dns, Logger: s.log,
+	})
+	if err != nil {
+		return fmt.Errorf("start the engine: %w", err)
+	}
+	s.engine = e
+	s.push(func() error { e.Close(); return nil })
+	// What the last process left and no sandbox claimed.
+	if err := pool.Sweep(ctx); err != nil {
+		s.log.Error("some network slots of an earlier process remain", "err", err)
+	}
+	d := e.Driver()
+	s.log.Info("the host is ready", "driver", d.Kind, "version", d.Version, "accelerator", d.Accel)
+	return e.ImportBase(ctx, engine.BaseFiles{
+		Name: "base", Digest: base.Digest, Rootfs: base.Rootfs,
+		Kernel: base.Kernel, Initrd: base.Initrd, KernelDigest: base.KernelDigest,
+	}, nil)
+}
+
+// serveAgent serves hostagent.v1 on a unix socket and returns its client.
+func (s *stack) serveAgent(dir string) (hostagentv1connect.HostAgentServiceClient, error) {
+	path := filepath.Join(dir, "run", "agent.sock")
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove the old agent socket: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen for the control plane: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("close the agent's socket to others: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(agent.New(s.engine, version(), s.log)))
+	// Streams in both directions need HTTP/2.
+	var h2 http.Protocols
+	h2.SetUnencryptedHTTP2(true)
+	srv := &http.Server{Handler: mux, Protocols: &h2}
+	go srv.Serve(l)
+	s.push(srv.Close)
+	transport := &http.Transport{Protocols: &h2, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", path)
+	}}
+	return hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: transport}, "http://agent"), nil
+}
+
+// openControl opens the database and starts the control plane.
+func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1connect.HostAgentServiceClient) error {
+	db, err := store.Open(ctx, o.database)
+	if err != nil {
+		return err
+	}
+	s.push(db.Close)
+	if err := control.EnsureAPIKey(ctx, db, filepath.Join(o.dir, "api-key")); err != nil {
+		return err
+	}
+	service := control.New(control.Options{Store: db, Host: control.NewHost(client), Logger: s.log})
+	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var wg sync.WaitGroup
+	wg.Add(1)
+	go func() {
+		defer wg.Done()
+		if err := service.Run(run); err != nil && run.Err() == nil {
+			s.log.Error("the control plane's loops ended", "err", err)
+		}
+	}()
+	s.push(func() error { cancel(); wg.Wait(); return nil })
+	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log, Version: version()})
+	return nil
+}
+
+// slotsInUse are the network slots that sandboxes go on using after us.
+func (s *stack) slotsInUse() []int {
+	if s.engine == nil {
+		return nil
+	}
+	return s.engine.Slots()
+}
+
+// closePager ends the pager where nobody needs it any more.
+func (s *stack) closePager() error {
+	if len(s.slotsInUse()) > 0 {
+		s.keeper.Close()
+		return nil
+	}
+	return s.keeper.Stop()
+}
+
+// close ends the stack. Running sandboxes are left, paused or destroyed.
+func (s *stack) close(onExit string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	defer cancel()
+	var errs []error
+	for _, sb := range s.engine.List() {
+		switch {
+		case onExit == onExitPause && sb.State == engine.Running:
+			_, _, err := s.engine.Pause(ctx, sb.ID)
+			errs = append(errs, err)
+		case onExit == onExitDestroy:
+			errs = append(errs, s.engine.Destroy(ctx, sb.ID))
+		}
+	}
+	return errors.Join(append(errs, s.closeAll())...)
+}
+
+func (s *stack) closeAll() error {
+	var errs []error
+	for i := len(s.closers) - 1; i >= 0; i-- {
+		errs = append(errs, s.closers[i]())
+	}
+	s.closers = nil
+	return errors.Join(errs...)
+}
+
+func hostMemoryMB() int {
+	var si unix.Sysinfo_t
+	if err := unix.Sysinfo(&si); err != nil {
+		return 1024
+	}
+	return int(uint64(si.Totalram) * uint64(si.Unit) >> 20)
+}

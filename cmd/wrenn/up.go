@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+// upOptions are the flags of `wrenn up`.
+type upOptions struct {
+	dir         string
+	listen      string
+	driver      string
+	onExit      string
+	memoryLimit int
+	pool        int
+	addresses   string
+	database    string
+	dns         string
+	logJSON     bool
+	verbose     bool
+}
+
+// What becomes of running sandboxes when the server ends by SIGTERM or Ctrl-C.
+const (
+	onExitLeave   = "leave"
+	onExitPause   = "pause"
+	onExitDestroy = "destroy"
+)
+
+const upLong = `Serve the API, and run sandboxes on this machine.
+
+The first start builds the base template, which takes some minutes; later
+starts find it. Sandboxes outlive the server: after a restart, planned or not,
+it takes over those that run. --on-exit says otherwise for a planned end.`
+
+func newUpCmd() *cobra.Command {
+	var o upOptions
+	cmd := &cobra.Command{
+		Use: "up", Short: "Serve the API and run sandboxes", Long: upLong,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+			defer stop()
+			return up(ctx, o, cmd)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.dir, "dir", stateDir(), "state directory")
+	f.StringVar(&o.listen, "listen", "127.0.0.1:8000", "address of the API")
+	f.StringVar(&o.driver, "driver", "auto", "what runs the VMs: auto or qemu")
+	f.StringVar(&o.onExit, "on-exit", onExitLeave, "running sandboxes at a planned end: leave, pause or destroy")
+	f.IntVar(&o.memoryLimit, "memory-limit", 0, "MiB of RAM for all running sandboxes together (default: 90 % of this machine's)")
+	f.IntVar(&o.pool, "network-pool", 4, "network slots to keep prepared")
+	f.StringVar(&o.addresses, "network-prefix", "", "addresses for the sandboxes' links, a /30 each (default 10.213.0.0/16)")
+	f.StringVar(&o.database, "database", "", "SQLite file or postgres:// URL (default: wrenn.db in the state directory)")
+	f.StringVar(&o.dns, "dns", "1.1.1.1,8.8.8.8", "name servers that sandboxes ask")
+	f.BoolVar(&o.logJSON, "log-json", false, "write the log as JSON")
+	f.BoolVarP(&o.verbose, "verbose", "v", false, "log more")
+	return cmd
+}
+
+func (o *upOptions) check() error {
+	dir, err := filepath.Abs(o.dir)
+	if err != nil {
+		return fmt.Errorf("--dir: %w", err)
+	}
+	o.dir = dir
+	// Sandboxes' sockets lie at <dir>/sandboxes/<id>/nbd.sock and the kernel
+	// takes 107 bytes.
+	if len(dir) > 50 {
+		return usagef("--dir %s is longer than 50 bytes, and the sockets below it would have no valid path; choose a shorter one", dir)
+	}
+	switch o.driver {
+	case "auto", "qemu":
+	case "firecracker":
+		return usagef("--driver firecracker is not in this version; use auto or qemu")
+	default:
+		return usagef("--driver %q is not known; use auto or qemu", o.driver)
+	}
+	switch o.onExit {
+	case onExitLeave, onExitPause, onExitDestroy:
+	default:
+		return usagef("--on-exit %q is not known; use leave, pause or destroy", o.onExit)
+	}
+	if o.pool < 0 || o.pool > 256 {
+		return usagef("--network-pool %d: want 0 to 256", o.pool)
+	}
+	if o.memoryLimit < 0 {
+		return usagef("--memory-limit %d: want a number of MiB", o.memoryLimit)
+	}
+	if o.memoryLimit == 0 {
+		o.memoryLimit = hostMemoryMB() * 9 / 10
+	}
+	if o.database == "" {
+		o.database = filepath.Join(o.dir, "wrenn.db")
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("wrenn up must run as root: it makes network namespaces and serves other processes' page faults")
+	}
+	return nil
+}
+
+func newLogger(o upOptions) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: slog.LevelInfo}
+	if o.verbose {
+		opts.Level = slog.LevelDebug
+	}
+	if o.logJSON {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+}
+
+// up runs the server until ctx ends.
+func up(ctx context.Context, o upOptions, cmd *cobra.Command) (err error) {
+	if err := o.check(); err != nil {
+		return err
+	}
+	log := newLogger(o)
+	// Bound early: an address that is taken must not cost a template build.
+	listener, err := net.Listen("tcp", o.listen)
+	if err != nil {
+		return fmt.Errorf("listen on %s: %w; is another server running? --listen chooses another address", o.listen, err)
+	}
+	defer listener.Close()
+	s, err := newStack(ctx, o, log, cmd.ErrOrStderr())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.close(o.onExit)) }()
+	srv := &http.Server{Handler: s.handler, ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+	serveErr := make(chan error, 1)
+	go func() { serveErr <- srv.Serve(listener) }()
+	fmt.Fprintf(cmd.OutOrStdout(), "wrenn %s serves on http://%s (key in %s)\n", version(), listener.Addr(), filepath.Join(o.dir, "api-key"))
+	select {
+	case err := <-serveErr:
+		return fmt.Errorf("serve the API: %w", err)
+	case <-ctx.Done():
+	}
+	log.Info("ending", "running_sandboxes", o.onExit)
+	grace, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := srv.Shutdown(grace); err != nil {
+		srv.Close() // streams that last longer than the grace are cut
+	}
+	<-serveErr
+	return nil
+}

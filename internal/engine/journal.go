@@ -1,0 +1,132 @@
+package engine
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+)
+
+// journalVersion is written into every journal. A newer one than ours is
+// refused: an older program must not guess at what it does not know.
+const journalVersion = 1
+
+// journal is all that must be known of a sandbox to take it over after a
+// crash. It is replaced atomically before every step that a crash would
+// strand. Times are UTC.
+type journal struct {
+	Version     int               `json:"version"`
+	ID          string            `json:"id"`
+	Template    string            `json:"template"`
+	VCPUs       int               `json:"vcpus"`
+	MemoryMB    int               `json:"memory_mb"`
+	Envs        map[string]string `json:"envs,omitempty"`
+	Annotations []byte            `json:"annotations,omitempty"`
+	// AccessToken opens the guest agent; it stays the same for life.
+	AccessToken string `json:"access_token"`
+	MachineID   string `json:"machine_id"`
+
+	State     State      `json:"state"`
+	Error     string     `json:"error,omitempty"`
+	CreatedAt time.Time  `json:"created_at"`
+	StartedAt *time.Time `json:"started_at,omitempty"`
+
+	// Manifest is the newest committed pause; zero when there is none. It
+	// stays while the sandbox runs, until the next one takes its place.
+	Manifest   format.ID `json:"manifest"`
+	Generation uint64    `json:"generation"`
+	// Pending is the manifest that a capture in progress will commit. The
+	// store knows whether it did.
+	Pending format.ID `json:"pending"`
+
+	Run *runRecord `json:"run,omitempty"`
+}
+
+// runRecord is what one run of the VM holds.
+type runRecord struct {
+	Slot int `json:"slot"`
+	// Life names this run to the guest; a new one makes it renew itself.
+	Life string `json:"life"`
+	// MemoryImage is what the VM's RAM is a private view of; zero after a
+	// boot, when all RAM is its own.
+	MemoryImage format.ID `json:"memory_image"`
+	DiskImage   format.ID `json:"disk_image"`
+	// LastMemory and LastDisk are the newest captures of this run, which a
+	// snapshot of a running sandbox leaves behind: the next capture writes
+	// only what differs from them.
+	LastMemory format.ID `json:"last_memory"`
+	LastDisk   format.ID `json:"last_disk"`
+	// RAMAddr is where the RAM lies in the VMM process; 0 after a boot.
+	RAMAddr uint64 `json:"ram_addr,omitempty"`
+	// VM is absent until the VMM process has been started.
+	VM *vmm.Record `json:"vm,omitempty"`
+}
+
+const (
+	journalName = "journal.json"
+	overlayName = "overlay"
+	diskSocket  = "nbd.sock"
+	consoleName = "console.log"
+)
+
+// writeJournal replaces the journal in dir: written, synced, renamed, and the
+// directory synced, so that either the old or the new one is found.
+func writeJournal(dir string, j journal) error {
+	b, err := json.MarshalIndent(j, "", " ")
+	if err != nil {
+		return fmt.Errorf("encode the journal of %s: %w", j.ID, err)
+	}
+	path := filepath.Join(dir, journalName)
+	f, err := os.OpenFile(path+".tmp", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return fmt.Errorf("create the journal of %s: %w", j.ID, err)
+	}
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(path+".tmp", path)
+	}
+	if err == nil {
+		err = syncDir(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("write the journal of %s: %w", j.ID, err)
+	}
+	return nil
+}
+
+func readJournal(dir string) (journal, error) {
+	var j journal
+	b, err := os.ReadFile(filepath.Join(dir, journalName))
+	if err != nil {
+		return j, fmt.Errorf("read the journal: %w", err)
+	}
+	if err := json.Unmarshal(b, &j); err != nil {
+		return j, fmt.Errorf("decode the journal: %w", err)
+	}
+	if j.Version < 1 || j.Version > journalVersion {
+		return j, fmt.Errorf("the journal's version is %d; this program knows 1 to %d", j.Version, journalVersion)
+	}
+	if j.ID != filepath.Base(dir) {
+		return j, fmt.Errorf("the journal is of %q, not of %q", j.ID, filepath.Base(dir))
+	}
+	return j, nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

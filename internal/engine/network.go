@@ -1,0 +1,39 @@
+package engine
+
+import (
+	"context"
+	"net"
+	"os"
+
+	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
+)
+
+// HostNetwork lends the slots of a pool.
+func HostNetwork(p *hostnet.Pool) Network { return hostNetwork{p} }
+
+type hostNetwork struct{ pool *hostnet.Pool }
+
+func (n hostNetwork) Acquire(ctx context.Context, id string) (Slot, error) {
+	s, err := n.pool.Acquire(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return hostSlot{s}, nil
+}
+
+func (n hostNetwork) Adopt(ctx context.Context, id string, index int) (Slot, error) {
+	s, err := n.pool.Adopt(ctx, id, index)
+	if err != nil {
+		return nil, err
+	}
+	return hostSlot{s}, nil
+}
+
+type hostSlot struct{ slot *hostnet.Slot }
+
+func (s hostSlot) Index() int                 { return s.slot.Index }
+func (s hostSlot) OpenTap() (*os.File, error) { return s.slot.OpenTap() }
+func (s hostSlot) Dial(ctx context.Context, port int) (net.Conn, error) {
+	return s.slot.Dial(ctx, port)
+}
+func (s hostSlot) Release(ctx context.Context) error { return s.slot.Release(ctx) }

@@ -1,0 +1,471 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/snapshot"
+	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+)
+
+// Defaults of a sandbox that boots.
+const (
+	defaultVCPUs    = 1
+	defaultMemoryMB = 512
+)
+
+// CreateSpec says what to create. Zero VCPUs and MemoryMB mean the template's.
+type CreateSpec struct {
+	ID          string
+	Template    string
+	VCPUs       int
+	MemoryMB    int
+	Envs        map[string]string
+	Annotations []byte
+}
+
+// Create boots a base template or starts a clone of a named snapshot. The
+// sandbox is running, confirmed by its guest, on return.
+func (e *Engine) Create(ctx context.Context, spec CreateSpec) (Info, Stats, error) {
+	ctx = context.WithoutCancel(ctx)
+	if err := checkID(spec.ID); err != nil {
+		return Info{}, Stats{}, err
+	}
+	ph := e.newPhases()
+	e.storeUse.RLock()
+	defer e.storeUse.RUnlock()
+	src, err := e.sourceOf(&spec)
+	if err != nil {
+		return Info{}, Stats{}, err
+	}
+	sb, err := e.addSandbox(spec, src)
+	if err != nil {
+		return Info{}, Stats{}, err
+	}
+	defer sb.end()
+	if err := e.start(ctx, sb, src, ph); err != nil {
+		return Info{}, Stats{}, errors.Join(fmt.Errorf("create sandbox %s: %w", spec.ID, err), e.removeSandbox(sb))
+	}
+	return sb.info(), ph.stats(), nil
+}
+
+// sourceOf finds the template and fills in what it fixes.
+func (e *Engine) sourceOf(spec *CreateSpec) (source, error) {
+	if err := checkName(spec.Template); err != nil {
+		return source{}, fmt.Errorf("template: %w", err)
+	}
+	e.mu.Lock()
+	base, isBase := e.bases[spec.Template]
+	id, known := e.names[spec.Template]
+	e.mu.Unlock()
+	if isBase {
+		if spec.VCPUs == 0 {
+			spec.VCPUs = defaultVCPUs
+		}
+		if spec.MemoryMB == 0 {
+			spec.MemoryMB = defaultMemoryMB
+		}
+		return source{base: &base, fork: true}, nil
+	}
+	if !known {
+		return source{}, fmt.Errorf("template %q: %w", spec.Template, ErrNotFound)
+	}
+	m, err := e.opts.Store.Manifest(id)
+	if err != nil {
+		return source{}, fmt.Errorf("read the manifest of %q: %w", spec.Template, err)
+	}
+	if spec.VCPUs != 0 && spec.VCPUs != m.VMM.VCPUs || spec.MemoryMB != 0 && spec.MemoryMB != m.VMM.MemoryMB {
+		return source{}, fmt.Errorf("%w: snapshot %q fixes vcpus at %d and memory_mb at %d; leave them out or give these", ErrInvalid, spec.Template, m.VMM.VCPUs, m.VMM.MemoryMB)
+	}
+	spec.VCPUs, spec.MemoryMB = m.VMM.VCPUs, m.VMM.MemoryMB
+	return source{manifest: &m, keepWarm: true, fork: true}, nil
+}
+
+// addSandbox enters a new sandbox, with its operation begun.
+func (e *Engine) addSandbox(spec CreateSpec, src source) (*sandbox, error) {
+	sb := &sandbox{dir: e.sandboxDir(spec.ID), op: make(chan struct{}, 1)}
+	sb.op <- struct{}{}
+	sb.j = journal{
+		Version: journalVersion, ID: spec.ID, Template: spec.Template,
+		VCPUs: spec.VCPUs, MemoryMB: spec.MemoryMB, Envs: spec.Envs, Annotations: spec.Annotations,
+		AccessToken: randomHex(32), MachineID: randomHex(16),
+		State: Starting, CreatedAt: e.opts.Now().UTC(),
+	}
+	if src.manifest != nil {
+		sb.j.Generation = src.manifest.Generation
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.sandboxes[spec.ID] != nil {
+		return nil, fmt.Errorf("sandbox %q %w", spec.ID, ErrExists)
+	}
+	if err := e.admit(spec.MemoryMB); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(sb.dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the sandbox's directory: %w", err)
+	}
+	if err := writeJournal(sb.dir, sb.j); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(sb.dir))
+	}
+	e.sandboxes[spec.ID] = sb
+	return sb, nil
+}
+
+// admit refuses what the host's memory cannot hold. e.mu is held.
+func (e *Engine) admit(mb int) error {
+	if e.opts.MemoryLimitMB == 0 {
+		return nil
+	}
+	used := 0
+	for _, sb := range e.sandboxes {
+		if s := sb.info(); s.State != Paused && s.State != Failed {
+			used += s.MemoryMB
+		}
+	}
+	if used+mb > e.opts.MemoryLimitMB {
+		return fmt.Errorf("%w: the sandbox wants %d MiB, and %d of %d MiB are taken; pause or remove some", ErrNoRoom, mb, used, e.opts.MemoryLimitMB)
+	}
+	return nil
+}
+
+// removeSandbox forgets a sandbox and its directory.
+func (e *Engine) removeSandbox(sb *sandbox) error {
+	err := os.RemoveAll(sb.dir)
+	e.mu.Lock()
+	delete(e.sandboxes, sb.id())
+	e.mu.Unlock()
+	e.announce(Event{Sandbox: sb.info(), Removed: true})
+	if err != nil {
+		return fmt.Errorf("remove the sandbox's directory: %w", err)
+	}
+	return nil
+}
+
+// Pause puts the whole state on disk and ends the VM. It answers when the
+// state is durable; a pause that fails leaves the sandbox running.
+func (e *Engine) Pause(ctx context.Context, id string) (Info, Stats, error) {
+	ctx = context.WithoutCancel(ctx)
+	sb, err := e.find(id)
+	if err != nil {
+		return Info{}, Stats{}, err
+	}
+	if err := sb.begin("pause", Running); err != nil {
+		return Info{}, Stats{}, err
+	}
+	defer sb.end()
+	ph := e.newPhases()
+	e.storeUse.RLock()
+	m, st, err := e.freeze(ctx, sb, snapshot.KindPause, "", ph)
+	e.storeUse.RUnlock()
+	if err != nil {
+		return Info{}, Stats{}, fmt.Errorf("pause sandbox %s: %w", id, err)
+	}
+	done := ph.part("release")
+	err = e.finishPause(ctx, sb, m.ID, m.Generation)
+	done()
+	if err != nil {
+		// The state is safe; what stayed behind is the next start's to clear.
+		e.log.Error("not everything of a paused VM could be released", "sandbox", id, "err", err)
+	}
+	total := ph.stats()
+	total.MemoryBytes, total.DiskBytes, total.StateBytes = st.MemoryBytes, st.DiskBytes, st.StateBytes
+	return sb.info(), total, nil
+}
+
+// freeze captures a running sandbox into a manifest of that kind. For a pause
+// the journal says so, for a snapshot the sandbox stays running in it.
+func (e *Engine) freeze(ctx context.Context, sb *sandbox, kind snapshot.Kind, name string, ph *phases) (snapshot.Manifest, Stats, error) {
+	txn, err := e.opts.Store.Begin()
+	if err != nil {
+		return snapshot.Manifest{}, Stats{}, fmt.Errorf("begin a manifest: %w", err)
+	}
+	j := sb.journal()
+	err = sb.update(func(j *journal) {
+		j.Pending = txn.ID()
+		if kind == snapshot.KindPause {
+			j.State = Pausing
+		}
+	})
+	if err != nil {
+		return snapshot.Manifest{}, Stats{}, errors.Join(err, txn.Abort())
+	}
+	m := snapshot.Manifest{
+		Name: name, Kind: kind, SandboxID: j.ID, Parent: j.Template, Generation: j.Generation + 1,
+		CreatedAt: e.opts.Now().UTC(), VMM: vmmInfo(e.info, "", j), EnvdVersion: "", NetworkLayout: networkLayout,
+		Annotations: j.Annotations,
+	}
+	m, st, err := e.capture(ctx, sb, sb.current(), txn, m, ph)
+	if err != nil {
+		return m, st, errors.Join(err, sb.update(func(j *journal) { j.State, j.Pending = Running, format.ID{} }))
+	}
+	return m, st, nil
+}
+
+// finishPause is what remains once the manifest is committed. It can be run
+// again after a crash.
+func (e *Engine) finishPause(ctx context.Context, sb *sandbox, manifest format.ID, generation uint64) error {
+	if err := e.endRun(ctx, sb); err != nil {
+		return err
+	}
+	old := sb.journal().Manifest
+	err := sb.update(func(j *journal) {
+		j.State, j.Manifest, j.Generation = Paused, manifest, generation
+		j.Pending, j.Run, j.StartedAt, j.Error = format.ID{}, nil, nil, ""
+	})
+	if err != nil {
+		return err
+	}
+	if old != (format.ID{}) && old != manifest {
+		err = e.opts.Store.Delete(ctx, old)
+	}
+	return errors.Join(err, e.sweep(ctx))
+}
+
+// endRun kills the VM and releases all that its run holds. While the VM
+// cannot be killed everything stays, so that it can be tried again.
+func (e *Engine) endRun(ctx context.Context, sb *sandbox) error {
+	r := sb.current()
+	if r == nil {
+		return nil
+	}
+	r.end()
+	r.watch.Wait()
+	if err := r.machine.Kill(ctx); err != nil {
+		return fmt.Errorf("kill the VM: %w", err)
+	}
+	// Only a dead VM may lose its page-fault server.
+	err := errors.Join(e.stopServing(ctx, sb), r.slot.Release(ctx))
+	r.letGo()
+	sb.setRun(nil)
+	return err
+}
+
+// Resume brings a paused sandbox back, every process still alive. A resume
+// that fails leaves it paused.
+func (e *Engine) Resume(ctx context.Context, id string) (Info, Stats, error) {
+	ctx = context.WithoutCancel(ctx)
+	sb, err := e.find(id)
+	if err != nil {
+		return Info{}, Stats{}, err
+	}
+	if err := sb.begin("resume", Paused); err != nil {
+		return Info{}, Stats{}, err
+	}
+	defer sb.end()
+	ph := e.newPhases()
+	e.mu.Lock()
+	err = e.admit(sb.info().MemoryMB)
+	e.mu.Unlock()
+	if err != nil {
+		return Info{}, Stats{}, err
+	}
+	e.storeUse.RLock()
+	defer e.storeUse.RUnlock()
+	m, err := e.opts.Store.Manifest(sb.journal().Manifest)
+	if err != nil {
+		return Info{}, Stats{}, fmt.Errorf("read the manifest of sandbox %s: %w", id, err)
+	}
+	if err := sb.update(func(j *journal) { j.State = Resuming }); err != nil {
+		return Info{}, Stats{}, err
+	}
+	if err := e.start(ctx, sb, source{manifest: &m}, ph); err != nil {
+		return Info{}, Stats{}, errors.Join(fmt.Errorf("resume sandbox %s: %w", id, err),
+			sb.update(func(j *journal) { j.State = Paused }))
+	}
+	return sb.info(), ph.stats(), nil
+}
+
+// Destroy removes a sandbox in any state with all it owns.
+func (e *Engine) Destroy(ctx context.Context, id string) error {
+	ctx = context.WithoutCancel(ctx)
+	if err := checkID(id); err != nil {
+		return err
+	}
+	sb, err := e.find(id)
+	if err != nil {
+		return err
+	}
+	if err := sb.beginDestroy(ctx); err != nil {
+		return err
+	}
+	defer sb.end()
+	if again, err := e.find(id); err != nil || again != sb {
+		return fmt.Errorf("sandbox %q: %w", id, ErrNotFound)
+	}
+	if err := sb.update(func(j *journal) { j.State = Stopping }); err != nil {
+		return err
+	}
+	return e.finishDestroy(ctx, sb)
+}
+
+// finishDestroy can be run again after a crash.
+func (e *Engine) finishDestroy(ctx context.Context, sb *sandbox) error {
+	end := e.endRun
+	if sb.current() == nil {
+		end = e.endLeftover // a VM that could not be taken over
+	}
+	if err := end(ctx, sb); err != nil {
+		return fmt.Errorf("destroy sandbox %s: %w", sb.id(), err)
+	}
+	if m := sb.journal().Manifest; m != (format.ID{}) {
+		if err := e.opts.Store.Delete(ctx, m); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("destroy sandbox %s: %w", sb.id(), err)
+		}
+	}
+	return errors.Join(e.removeSandbox(sb), e.sweep(ctx))
+}
+
+// Snapshot freezes a running or paused sandbox under a name. The source goes
+// back to the state it was in.
+func (e *Engine) Snapshot(ctx context.Context, id, name string) (snapshot.Manifest, Stats, error) {
+	ctx = context.WithoutCancel(ctx)
+	if err := checkName(name); err != nil {
+		return snapshot.Manifest{}, Stats{}, err
+	}
+	sb, err := e.find(id)
+	if err != nil {
+		return snapshot.Manifest{}, Stats{}, err
+	}
+	if err := sb.begin("snapshot", Running, Paused); err != nil {
+		return snapshot.Manifest{}, Stats{}, err
+	}
+	defer sb.end()
+	if err := e.reserve(name); err != nil {
+		return snapshot.Manifest{}, Stats{}, err
+	}
+	ph := e.newPhases()
+	e.storeUse.RLock()
+	defer e.storeUse.RUnlock()
+	freeze := e.snapshotRunning
+	if sb.info().State == Paused {
+		freeze = e.snapshotPaused
+	}
+	m, st, err := freeze(ctx, sb, name, ph)
+	e.settleName(name, m.ID, err == nil)
+	if err != nil {
+		return m, st, fmt.Errorf("snapshot sandbox %s as %q: %w", id, name, err)
+	}
+	total := ph.stats()
+	total.MemoryBytes, total.DiskBytes, total.StateBytes = st.MemoryBytes, st.DiskBytes, st.StateBytes
+	return m, total, nil
+}
+
+// reserve takes a name until settleName says what became of it.
+func (e *Engine) reserve(name string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	_, isBase := e.bases[name]
+	_, taken := e.names[name]
+	if isBase || taken || e.reserved[name] {
+		return fmt.Errorf("a template named %q %w; choose another name or remove it first", name, ErrExists)
+	}
+	e.reserved[name] = true
+	return nil
+}
+
+func (e *Engine) settleName(name string, id format.ID, ok bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.reserved, name)
+	if ok {
+		e.names[name] = id
+	}
+}
+
+func (e *Engine) snapshotRunning(ctx context.Context, sb *sandbox, name string, ph *phases) (snapshot.Manifest, Stats, error) {
+	m, st, err := e.freeze(ctx, sb, snapshot.KindSnapshot, name, ph)
+	if err != nil {
+		return m, st, err
+	}
+	// The snapshot exists from here on, whatever becomes of the source.
+	err = sb.update(func(j *journal) {
+		j.Pending, j.Generation = format.ID{}, m.Generation
+		j.Run.LastMemory, j.Run.LastDisk = m.Memory.ID, m.Disk.ID
+	})
+	if err != nil {
+		e.log.Error("the journal misses a snapshot; the next capture writes more than it must", "sandbox", sb.id(), "err", err)
+	}
+	defer ph.part("continue")()
+	r := sb.current()
+	if err := r.machine.Continue(ctx); err != nil {
+		e.log.Error("the source of a snapshot does not go on", "sandbox", sb.id(), "err", err)
+		return m, st, nil
+	}
+	// The guest stood still meanwhile: set its clock. It is the same
+	// individual in the same life, so nothing else changes.
+	cctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
+	defer cancel()
+	if _, err := r.guest.confirm(cctx, r.machine.Done(), e.initRequest(sb, sb.journal().Run.Life, false), e.opts.Now); err != nil {
+		e.log.Warn("the clock of a snapshot's source may be behind", "sandbox", sb.id(), "err", err)
+	}
+	return m, st, nil
+}
+
+// snapshotPaused gives a pause's images a second manifest; only the device
+// state is copied.
+func (e *Engine) snapshotPaused(ctx context.Context, sb *sandbox, name string, ph *phases) (snapshot.Manifest, Stats, error) {
+	defer ph.part("commit")()
+	m, err := e.opts.Store.Manifest(sb.journal().Manifest)
+	if err != nil {
+		return m, Stats{}, err
+	}
+	txn, err := e.opts.Store.Begin()
+	if err != nil {
+		return m, Stats{}, err
+	}
+	if err := copyState(e.opts.Store.StatePath(m.ID), txn); err != nil {
+		return m, Stats{}, errors.Join(err, txn.Abort())
+	}
+	m.ID, m.Name, m.Kind, m.CreatedAt = txn.ID(), name, snapshot.KindSnapshot, e.opts.Now().UTC()
+	if err := txn.Commit(ctx, m); err != nil {
+		return m, Stats{}, errors.Join(err, txn.Abort())
+	}
+	return m, Stats{StateBytes: m.State.Size}, nil
+}
+
+func copyState(path string, txn *snapshot.Txn) error {
+	in, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("open the device state: %w", err)
+	}
+	defer in.Close()
+	out, err := txn.StateFile()
+	if err != nil {
+		return fmt.Errorf("create the device state: %w", err)
+	}
+	if _, err := io.Copy(out, in); err != nil {
+		return fmt.Errorf("copy the device state: %w", err)
+	}
+	return nil
+}
+
+// machineDied enters the end of a VM that nobody asked for.
+func (e *Engine) machineDied(sb *sandbox, r *run) {
+	ctx := context.Background()
+	sb.op <- struct{}{}
+	defer sb.end()
+	if sb.current() != r {
+		return // an operation ended the run meanwhile
+	}
+	reason := r.machine.Err()
+	var exit *vmm.ExitError
+	if errors.As(reason, &exit) {
+		e.log.Error("a VM ended unasked", "sandbox", sb.id(), "reason", exit.Reason, "status", exit.Status, "stderr", exit.Stderr, "console", exit.Console)
+	}
+	if fatal := e.fatalReason(ctx, sb.id()); fatal != nil {
+		reason = fatal
+	}
+	err := errors.Join(
+		e.endRun(ctx, sb),
+		sb.update(func(j *journal) { j.State, j.Error, j.Run, j.StartedAt = Failed, reason.Error(), nil, nil }),
+	)
+	if err != nil {
+		e.log.Error("not everything of a dead VM could be released", "sandbox", sb.id(), "err", err)
+	}
+	e.announce(Event{Sandbox: sb.info()})
+}

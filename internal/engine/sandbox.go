@@ -1,0 +1,158 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// sandbox is one sandbox of this host.
+type sandbox struct {
+	dir string
+	// op holds one token while an operation changes the sandbox.
+	op chan struct{}
+
+	mu sync.Mutex
+	j  journal
+	// run is the live VM and all that serves it; nil when there is none.
+	run *run
+}
+
+// run is what a running VM holds.
+type run struct {
+	machine vmm.Machine
+	slot    Slot
+	guest   *Guest
+	// ending is closed before we end the VM ourselves, so that its end is
+	// not taken for a failure.
+	ending  chan struct{}
+	endOnce sync.Once
+	watch   sync.WaitGroup
+}
+
+func (r *run) end() { r.endOnce.Do(func() { close(r.ending) }) }
+
+// letGo drops our handles and leaves the VM running.
+func (r *run) letGo() {
+	r.guest.close()
+	r.machine.Close()
+}
+
+func (sb *sandbox) info() Info {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	j := sb.j
+	return Info{
+		ID: j.ID, State: j.State, Template: j.Template, VCPUs: j.VCPUs, MemoryMB: j.MemoryMB,
+		Error: j.Error, CreatedAt: j.CreatedAt, StartedAt: j.StartedAt, Generation: j.Generation,
+		Annotations: j.Annotations,
+	}
+}
+
+// update changes the journal on disk and then in memory; on an error neither
+// has changed.
+func (sb *sandbox) update(change func(*journal)) error {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	j := sb.j
+	if j.Run != nil {
+		r := *j.Run
+		j.Run = &r
+	}
+	change(&j)
+	if err := writeJournal(sb.dir, j); err != nil {
+		return err
+	}
+	sb.j = j
+	return nil
+}
+
+// journal returns a copy.
+func (sb *sandbox) journal() journal {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	j := sb.j
+	if j.Run != nil {
+		r := *j.Run
+		j.Run = &r
+	}
+	return j
+}
+
+func (sb *sandbox) current() *run {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	return sb.run
+}
+
+func (sb *sandbox) setRun(r *run) {
+	sb.mu.Lock()
+	sb.run = r
+	sb.mu.Unlock()
+}
+
+func (sb *sandbox) path(name string) string { return filepath.Join(sb.dir, name) }
+
+// begin takes the sandbox for one operation that needs it in one of states.
+// The caller ends it with sb.end.
+func (sb *sandbox) begin(what string, states ...State) error {
+	select {
+	case sb.op <- struct{}{}:
+	default:
+		return fmt.Errorf("%w: cannot %s sandbox %s: another operation is under way (it is %s)", ErrState, what, sb.id(), sb.info().State)
+	}
+	state := sb.info().State
+	if slices.Contains(states, state) {
+		return nil
+	}
+	sb.end()
+	return fmt.Errorf("%w: cannot %s sandbox %s: it is %s", ErrState, what, sb.id(), state)
+}
+
+// beginDestroy waits for the operation under way: a destroy is never refused.
+func (sb *sandbox) beginDestroy(ctx context.Context) error {
+	select {
+	case sb.op <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("destroy sandbox %s: the operation before it has not ended: %w", sb.id(), ctx.Err())
+	}
+}
+
+func (sb *sandbox) end() { <-sb.op }
+
+func (sb *sandbox) id() string { return filepath.Base(sb.dir) }
+
+// phases measures the parts of an operation.
+type phases struct {
+	mu    sync.Mutex
+	now   func() time.Time
+	start time.Time
+	parts map[string]time.Duration
+}
+
+func (e *Engine) newPhases() *phases {
+	return &phases{now: e.opts.Now, start: e.opts.Now(), parts: map[string]time.Duration{}}
+}
+
+// part starts the clock of a part and returns what stops it.
+func (p *phases) part(name string) func() {
+	t := p.now()
+	return func() {
+		d := p.now().Sub(t)
+		p.mu.Lock()
+		p.parts[name] += d
+		p.mu.Unlock()
+	}
+}
+
+func (p *phases) stats() Stats {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return Stats{Duration: p.now().Sub(p.start), Phases: p.parts}
+}

@@ -1,0 +1,128 @@
+package pager
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"git.omukk.dev/wrenn/sandbox/snapshot"
+	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+	"git.omukk.dev/wrenn/sandbox/snapshot/uffd"
+)
+
+// images owns the memory images that are open in RAM.
+type images struct {
+	store *snapshot.Store
+	limit int64
+
+	mu   sync.Mutex
+	byID map[format.ID]*image
+	// warm lists images without a user, the longest unused first.
+	warm []*image
+}
+
+// image is one memory image and its shared pages.
+type image struct {
+	id     format.ID
+	source *snapshot.Image
+	shared *uffd.Shared
+	users  int
+	keep   bool
+}
+
+// sharedName is the memfd's name, by which a new pager finds it in the VMM.
+func sharedName(id format.ID) string { return "wrenn-" + id.String() }
+
+// acquire returns the image with one more user. adopt, if not nil, yields the
+// memfd that a VM still holds from the time of a pager that is gone.
+func (im *images) acquire(id format.ID, keep bool, adopt func() (*os.File, error)) (*image, error) {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	if i := im.byID[id]; i != nil {
+		if i.users == 0 {
+			im.unwarm(i)
+		}
+		i.users++
+		i.keep = i.keep || keep
+		return i, nil
+	}
+	src, err := im.store.OpenImage(id)
+	if err != nil {
+		return nil, fmt.Errorf("open memory image %s: %w", id, err)
+	}
+	shared, err := openShared(id, src, adopt)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("share memory image %s: %w", id, err), src.Close())
+	}
+	i := &image{id: id, source: src, shared: shared, users: 1, keep: keep}
+	im.byID[id] = i
+	return i, nil
+}
+
+func openShared(id format.ID, src *snapshot.Image, adopt func() (*os.File, error)) (*uffd.Shared, error) {
+	if adopt == nil {
+		return uffd.NewShared(sharedName(id), src)
+	}
+	f, err := adopt()
+	if err != nil {
+		return nil, err
+	}
+	return uffd.AdoptShared(sharedName(id), f, src)
+}
+
+// release gives up one use.
+func (im *images) release(i *image) error {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	i.users--
+	if i.users > 0 {
+		return nil
+	}
+	if !i.keep {
+		return im.drop(i)
+	}
+	im.warm = append(im.warm, i)
+	var total int64
+	for _, w := range im.warm {
+		total += w.shared.Resident()
+	}
+	var errs []error
+	for total > im.limit && len(im.warm) > 0 {
+		oldest := im.warm[0]
+		total -= oldest.shared.Resident()
+		im.warm = im.warm[1:]
+		errs = append(errs, im.drop(oldest))
+	}
+	return errors.Join(errs...)
+}
+
+// forget drops a warm image at once, and one in use when its last user goes.
+func (im *images) forget(id format.ID) error {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	i := im.byID[id]
+	if i == nil {
+		return nil
+	}
+	i.keep = false
+	if i.users > 0 {
+		return nil
+	}
+	im.unwarm(i)
+	return im.drop(i)
+}
+
+func (im *images) unwarm(i *image) {
+	for n, w := range im.warm {
+		if w == i {
+			im.warm = append(im.warm[:n], im.warm[n+1:]...)
+			return
+		}
+	}
+}
+
+func (im *images) drop(i *image) error {
+	delete(im.byID, i.id)
+	return errors.Join(i.shared.Close(), i.source.Close())
+}

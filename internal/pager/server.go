@@ -1,0 +1,237 @@
+// Package pager is the body of the process that serves guest memory and disks
+// to the VMs of one host, and the engine's client for it.
+//
+// The pager is a process of its own so that it outlives the engine: a VM whose
+// page faults or disk requests nobody answers stands still, so whoever answers
+// them must not be restarted for an upgrade of the API. It holds no decision:
+// the engine tells it what to serve, it serves until told to stop, and its
+// records on disk let a pager that was killed go on where it stood.
+//
+// Invariants:
+//   - a userfaultfd is never closed while the VM lives (it would read zeros);
+//   - a record is on disk before the call that made it answers, so that what
+//     was promised survives kill -9;
+//   - an image in RAM has at least one user, or is on the bounded warm list.
+//
+// internal/engine and cmd/wrenn may import it.
+package pager
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
+
+	"connectrpc.com/connect"
+
+	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1/pagerv1connect"
+	"git.omukk.dev/wrenn/sandbox/snapshot"
+	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+	"git.omukk.dev/wrenn/sandbox/snapshot/uffd"
+)
+
+// Options say what a Server needs.
+type Options struct {
+	// Dir holds the pager's records, one file for each sandbox. It is made
+	// if missing.
+	Dir   string
+	Store *snapshot.Store
+	// WarmBytes bounds the RAM of images kept without a user; 0 means 1 GiB.
+	WarmBytes int64
+	Version   string
+	Logger    *slog.Logger
+}
+
+// Server implements pager.v1.
+type Server struct {
+	opts   Options
+	log    *slog.Logger
+	faults *uffd.Server
+	images *images
+
+	mu      sync.Mutex
+	guests  map[string]*guest
+	fatal   map[string]string
+	closing bool
+}
+
+// guest is what is served for one sandbox. Its lock orders the calls for that
+// sandbox; calls for different sandboxes run side by side.
+type guest struct {
+	mu     sync.Mutex
+	memory *memory
+	disk   *disk
+}
+
+var _ pagerv1connect.PagerServiceHandler = (*Server)(nil)
+
+// New makes a server and takes up again what the records in Dir name.
+func New(opts Options) (*Server, error) {
+	if opts.WarmBytes == 0 {
+		opts.WarmBytes = 1 << 30
+	}
+	if err := os.MkdirAll(opts.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the pager's directory: %w", err)
+	}
+	s := &Server{
+		opts:   opts,
+		log:    opts.Logger,
+		guests: map[string]*guest{},
+		fatal:  map[string]string{},
+	}
+	s.images = &images{store: opts.Store, limit: opts.WarmBytes, byID: map[format.ID]*image{}}
+	faults, err := uffd.NewServer(uffd.Options{Logger: opts.Logger, OnFatal: s.onFatal})
+	if err != nil {
+		return nil, fmt.Errorf("start the page-fault server: %w", err)
+	}
+	s.faults = faults
+	s.recover()
+	return s, nil
+}
+
+// onFatal keeps the reason for the engine to ask; the fault server has killed
+// the VM already.
+func (s *Server) onFatal(id string, err error) {
+	s.log.Error("a guest page could not be had; its VM was killed", "sandbox", id, "err", err)
+	s.mu.Lock()
+	s.fatal[id] = err.Error()
+	s.mu.Unlock()
+}
+
+var sandboxID = regexp.MustCompile(`^[a-z0-9]{1,32}$`)
+
+// guestFor returns the entry of a sandbox, made if missing.
+func (s *Server) guestFor(id string) (*guest, error) {
+	if !sandboxID.MatchString(id) {
+		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("sandbox_id %q: want [a-z0-9]{1,32}", id))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closing {
+		return nil, connect.NewError(connect.CodeUnavailable, errors.New("the pager is ending"))
+	}
+	g := s.guests[id]
+	if g == nil {
+		g = &guest{}
+		s.guests[id] = g
+	}
+	return g, nil
+}
+
+// settle writes the record of a guest as it is now, or removes it with the
+// entry when nothing is served. The guest's lock is held.
+func (s *Server) settle(id string, g *guest) error {
+	if g.memory == nil && g.disk == nil {
+		s.mu.Lock()
+		delete(s.guests, id)
+		s.mu.Unlock()
+		return removeRecord(s.opts.Dir, id)
+	}
+	r := record{SandboxID: id}
+	if g.memory != nil {
+		r.Memory = g.memory.record()
+	}
+	if g.disk != nil {
+		r.Disk = &g.disk.rec
+	}
+	return writeRecord(s.opts.Dir, r)
+}
+
+// GetStatus implements pager.v1.
+func (s *Server) GetStatus(context.Context, *connect.Request[pagerv1.GetStatusRequest]) (*connect.Response[pagerv1.GetStatusResponse], error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := &pagerv1.GetStatusResponse{Pid: int32(os.Getpid()), Version: s.opts.Version}
+	for id := range s.guests {
+		out.Sandboxes = append(out.Sandboxes, id)
+	}
+	return connect.NewResponse(out), nil
+}
+
+// GetStats implements pager.v1.
+func (s *Server) GetStats(_ context.Context, req *connect.Request[pagerv1.GetStatsRequest]) (*connect.Response[pagerv1.GetStatsResponse], error) {
+	id := req.Msg.SandboxId
+	s.mu.Lock()
+	g, fatal := s.guests[id], s.fatal[id]
+	s.mu.Unlock()
+	if g == nil && fatal == "" {
+		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("sandbox %q is not served here", id))
+	}
+	out := &pagerv1.GetStatsResponse{Fatal: fatal}
+	if st, ok := s.faults.Stats(id); ok {
+		out.Faults, out.BytesFilled, out.ZeroFaults = st.Faults, st.BytesFilled, st.ZeroFaults
+	}
+	if g != nil {
+		g.mu.Lock()
+		if g.memory != nil {
+			out.SharedResidentBytes = g.memory.image.shared.Resident()
+		}
+		g.mu.Unlock()
+	}
+	return connect.NewResponse(out), nil
+}
+
+// Serve answers on the unix socket until ctx ends. It then leaves every
+// record in place: VMs stand still until the next pager takes them up.
+func (s *Server) Serve(ctx context.Context, socket string) error {
+	l, err := listenUnix(socket)
+	if err != nil {
+		return err
+	}
+	mux := http.NewServeMux()
+	mux.Handle(pagerv1connect.NewPagerServiceHandler(s))
+	srv := &http.Server{Handler: mux}
+	stop := context.AfterFunc(ctx, func() { srv.Close() })
+	defer stop()
+	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve on %s: %w", socket, err)
+	}
+	return nil
+}
+
+// listenUnix makes a socket that only root can open, in place of one that a
+// dead process left behind.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("make the socket's directory: %w", err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove the old socket: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("close the socket to others: %w", err)
+	}
+	return l, nil
+}
+
+// Close stops serving disks and drops the shared images. It must be called
+// only when no VM is left, or when the process is about to end.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	s.closing = true
+	guests := s.guests
+	s.guests = map[string]*guest{}
+	s.mu.Unlock()
+	var errs []error
+	for _, g := range guests {
+		g.mu.Lock()
+		if g.disk != nil {
+			errs = append(errs, g.disk.close())
+		}
+		g.mu.Unlock()
+	}
+	errs = append(errs, s.faults.Close())
+	return errors.Join(errs...)
+}
