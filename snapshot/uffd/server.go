@@ -1,0 +1,226 @@
+//go:build linux
+
+package uffd
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/bits"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+)
+
+// Options are the knobs of a Server. The zero value is usable.
+type Options struct {
+	// ClusterSize is how much of the image a fault brings in, in bytes: a
+	// power of two from 4096 to 2 MiB. Default DefaultClusterSize.
+	ClusterSize int
+	// Workers is how many faults are served at a time, over all attachments.
+	// Default 8.
+	Workers int
+	// OnFatal is told that a VM was killed because a page of it could not be
+	// had. The VM is dead, or dying of SIGKILL, when it is called, once per
+	// attachment, in a goroutine of its own. It may call Remove, not Close.
+	OnFatal func(id string, err error)
+	// Logger gets what OnFatal gets and oddities. Default: none.
+	Logger *slog.Logger
+}
+
+// batch is how many events are read at once.
+const batch = 64
+
+// Server answers the page faults of any number of VMs.
+type Server struct {
+	o     Options
+	queue chan job
+	// workers, readers and callbacks end in this order at Close.
+	workers, callbacks sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+	served map[string]*served
+}
+
+type job struct {
+	v   *served
+	off int64 // of the page in the image
+}
+
+// served is an attachment in a Server's hands.
+type served struct {
+	*Attachment
+	id       string
+	file     *os.File // the userfaultfd, known to the poller
+	reader   sync.WaitGroup
+	inflight sync.WaitGroup // jobs queued or at work
+	dead     atomic.Bool
+	counters counters
+	events   [batch * msgSize]byte
+
+	mu      sync.Mutex
+	touched []uint64 // bit per cluster
+	order   []uint32
+}
+
+// NewServer starts a server without attachments. It fails on bad options only.
+func NewServer(o Options) (*Server, error) {
+	if o.ClusterSize == 0 {
+		o.ClusterSize = DefaultClusterSize
+	}
+	if o.ClusterSize < pageSize || o.ClusterSize > maxClusterSize || bits.OnesCount(uint(o.ClusterSize)) != 1 {
+		return nil, fmt.Errorf("uffd: cluster size %d is not a power of two from %d to %d", o.ClusterSize, pageSize, maxClusterSize)
+	}
+	if o.Workers <= 0 {
+		o.Workers = 8
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	s := &Server{o: o, queue: make(chan job, 4*batch), served: map[string]*served{}}
+	for range o.Workers {
+		s.workers.Go(s.work)
+	}
+	return s, nil
+}
+
+// Add starts serving a, which then belongs to the server, under a name that
+// must be new. On error a still belongs to the caller.
+func (s *Server) Add(id string, a *Attachment) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return errors.New("uffd: server is closed")
+	}
+	if s.served[id] != nil {
+		return fmt.Errorf("uffd: attachment %q exists", id)
+	}
+	clusters := (a.shared.size + int64(s.o.ClusterSize) - 1) / int64(s.o.ClusterSize)
+	v := &served{Attachment: a, id: id, touched: make([]uint64, (clusters+63)/64), order: make([]uint32, 0, min(clusters, 4096))}
+	f, err := pollable(a.fd)
+	if err != nil {
+		return fmt.Errorf("uffd: attachment %q: %w", id, err)
+	}
+	v.file = f
+	s.served[id] = v
+	v.reader.Go(func() { s.read(v) })
+	return nil
+}
+
+// Remove stops serving an attachment and lets go of it. The VM is not ended:
+// faults of a living one wait until it is attached to again.
+func (s *Server) Remove(id string) error {
+	s.mu.Lock()
+	v := s.served[id]
+	delete(s.served, id)
+	s.mu.Unlock()
+	if v == nil {
+		return fmt.Errorf("uffd: no attachment %q", id)
+	}
+	s.drop(v)
+	return nil
+}
+
+func (s *Server) drop(v *served) {
+	// Wakes the reader and makes it end; the descriptors stay valid until
+	// nobody uses their numbers any more.
+	v.file.SetReadDeadline(time.Unix(1, 0))
+	v.reader.Wait()
+	v.inflight.Wait()
+	v.file.Close()
+	v.Attachment.Close()
+}
+
+// Close removes all attachments and ends the server. VMs go on, and wait when
+// they fault.
+func (s *Server) Close() {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return
+	}
+	s.closed = true
+	all := s.served
+	s.served = map[string]*served{}
+	s.mu.Unlock()
+	for _, v := range all {
+		s.drop(v)
+	}
+	close(s.queue)
+	s.workers.Wait()
+	s.callbacks.Wait()
+}
+
+func (s *Server) find(id string) (*served, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if v := s.served[id]; v != nil {
+		return v, nil
+	}
+	return nil, fmt.Errorf("uffd: no attachment %q", id)
+}
+
+// Stats tells what was done for an attachment.
+func (s *Server) Stats(id string) (Stats, error) {
+	v, err := s.find(id)
+	if err != nil {
+		return Stats{}, err
+	}
+	return v.counters.snapshot(), nil
+}
+
+// Touched gives the clusters of data in which an attachment faulted, in the
+// order of the first fault, as indices in units of Options.ClusterSize.
+// Clusters that were in RAM already raise no fault and are not in it.
+func (s *Server) Touched(id string) ([]uint32, error) {
+	v, err := s.find(id)
+	if err != nil {
+		return nil, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return append([]uint32(nil), v.order...), nil
+}
+
+// read takes events off the userfaultfd until it is told to stop.
+func (s *Server) read(v *served) {
+	for {
+		n, err := v.file.Read(v.events[:])
+		if err != nil {
+			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, os.ErrClosed) {
+				s.fatal(v, fmt.Errorf("read page-fault events: %w", err))
+			}
+			return
+		}
+		s.enqueue(v, v.events[:n])
+	}
+}
+
+func (s *Server) enqueue(v *served, b []byte) {
+	// Threads of a VM often wait for one page: waking it once is enough for
+	// all whose events have been read.
+	var seen [batch]int64
+	pages := seen[:0]
+next:
+	for ; len(b) >= msgSize; b = b[msgSize:] {
+		v.counters.faults.Add(1)
+		addr := *(*uint64)(unsafe.Pointer(&b[16]))
+		off := int64(addr-uint64(v.rec.Addr)) &^ (pageSize - 1)
+		if b[0] != eventPagefault || addr < uint64(v.rec.Addr) || off >= v.rec.Length {
+			s.fatal(v, fmt.Errorf("unexpected event %#x at address %#x", b[0], addr))
+			continue
+		}
+		for _, p := range pages {
+			if p == off {
+				v.counters.hits.Add(1)
+				continue next
+			}
+		}
+		pages = append(pages, off)
+		v.inflight.Add(1)
+		s.queue <- job{v, off}
+	}
+}
