@@ -11,26 +11,47 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// firstTry is how long Dial gives its first attempt; each later one has twice
+// as long, and from lastTry on the limit is the context's alone. TCP repeats a
+// lost SYN only after a second, and the first packet to a tap that has just
+// got its user, or to a guest that is being resumed, is easily lost.
+const (
+	firstTry = 50 * time.Millisecond
+	lastTry  = time.Second
+)
+
 // Dial connects to a TCP port of the guest. The socket is made inside the
 // slot's namespace, which takes a thread there for some microseconds; the
 // connection is then awaited by the runtime's poller, so any number of dials
-// may wait at once.
-//
-// A guest that is not up yet does not refuse, it stays silent, and TCP sends
-// its SYN again only after a second: to wait for a guest, dial with short
-// deadlines.
+// may wait at once. A guest that is not up does not refuse, it is silent: Dial
+// then goes on until ctx ends.
 func (s *Slot) Dial(ctx context.Context, port int) (net.Conn, error) {
-	conn, err := s.dial(ctx, port)
-	if err != nil {
-		return nil, fmt.Errorf("dial port %d of slot %d: %w", port, s.Index, err)
+	if port < 1 || port > 65535 {
+		return nil, fmt.Errorf("dial slot %d: port %d out of range", s.Index, port)
 	}
-	return conn, nil
+	for limit := firstTry; ; limit *= 2 {
+		conn, err := s.try(ctx, port, limit)
+		if err == nil {
+			return conn, nil
+		}
+		if ctx.Err() != nil || !errors.Is(err, errNoAnswer) {
+			return nil, fmt.Errorf("dial port %d of slot %d: %w", port, s.Index, err)
+		}
+	}
+}
+
+var errNoAnswer = errors.New("no answer in time")
+
+func (s *Slot) try(ctx context.Context, port int, limit time.Duration) (net.Conn, error) {
+	if limit >= lastTry {
+		return s.dial(ctx, port)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, errNoAnswer)
+	defer cancel()
+	return s.dial(ctx, port)
 }
 
 func (s *Slot) dial(ctx context.Context, port int) (net.Conn, error) {
-	if port < 1 || port > 65535 {
-		return nil, errors.New("port out of range")
-	}
 	// Bounds the OS threads, which a locked goroutine each occupies.
 	select {
 	case s.pool.threads <- struct{}{}:

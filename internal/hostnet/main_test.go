@@ -12,7 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const childEnv = "WRENN_HOSTNET_TEST_CHILD"
+const (
+	childEnv = "WRENN_HOSTNET_TEST_CHILD"
+	churnEnv = "WRENN_HOSTNET_TEST_CHURN" // its value: a state directory
+)
 
 // inHost is true in the child that has a network of its own to play host with.
 var inHost bool
@@ -21,6 +24,13 @@ var inHost bool
 // mount namespaces and an empty /run. That process's network is "the host" to
 // every test: nothing of the real host is changed, whatever a test does.
 func TestMain(m *testing.M) {
+	if dir := os.Getenv(churnEnv); dir != "" {
+		if err := churn(dir); err != nil {
+			fmt.Fprintln(os.Stderr, "churn:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if os.Getenv(childEnv) != "" {
 		if err := prepareChild(); err != nil {
 			fmt.Fprintln(os.Stderr, "prepare the test's host:", err)

@@ -66,7 +66,8 @@ type Pool struct {
 	cleaning int
 	building int
 	waiters  []chan result // capacity 1 each
-	retry    time.Duration // of builds that nobody waits for; 0: no failure
+	backoff  time.Duration // before the stock is filled again, after a failed build
+	resting  bool          // timer runs; only builds that somebody waits for
 	timer    *time.Timer
 }
 
@@ -91,7 +92,14 @@ func NewPool(ctx context.Context, o Options) (_ *Pool, err error) {
 			p.lock.Close()
 		}
 	}()
-	if err := withHostLock(p.enter); err != nil {
+	err = withHostLock(func() error {
+		err := p.enter()
+		if err != nil {
+			return errors.Join(err, leaveHost())
+		}
+		return nil
+	})
+	if err != nil {
 		return nil, fmt.Errorf("network pool: %w", err)
 	}
 	p.mu.Lock()
@@ -279,7 +287,7 @@ func (p *Pool) schedule() {
 		p.recheckForeign()
 	}
 	want := len(p.waiters)
-	if p.retry == 0 {
+	if !p.resting {
 		want += p.size - len(p.ready)
 	}
 	for p.building < min(want, maxBuilders) && len(p.free) > 0 {
@@ -326,7 +334,7 @@ func (p *Pool) build(n int) {
 	p.building--
 	switch {
 	case err == nil:
-		p.retry = 0
+		p.backoff = 0
 		p.ready = append(p.ready, s)
 		p.log.Debug("network slot made", "slot", n, "took", time.Since(start))
 	case errors.Is(err, errForeign):
@@ -348,22 +356,17 @@ func (p *Pool) failed(n int, err error) {
 		p.waiters[0] <- result{err: err}
 		p.waiters = p.waiters[1:]
 	}
-	if p.retry != 0 && p.timer != nil && p.timer.Stop() {
-		// The one under way is replaced.
-		p.timer = nil
+	if p.timer != nil {
+		p.timer.Stop()
 	}
-	p.retry = min(max(minRetry, 2*p.retry), maxRetry)
-	wait := p.retry
-	p.timer = time.AfterFunc(wait, p.retryNow)
+	p.resting = true
+	p.backoff = min(max(minRetry, 2*p.backoff), maxRetry)
+	p.timer = time.AfterFunc(p.backoff, p.rested)
 }
 
-// retryNow lets the stock be filled again after a failure; it keeps the last
-// interval for the case that it fails once more.
-func (p *Pool) retryNow() {
+func (p *Pool) rested() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	last := p.retry
-	p.retry = 0
+	p.resting = false
 	p.schedule()
-	p.retry = last
 }

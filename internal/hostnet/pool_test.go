@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"testing"
@@ -395,4 +396,91 @@ func TestLayout(t *testing.T) {
 			t.Errorf("%q is number %d", name, n)
 		}
 	}
+}
+
+// TestBuildFails: the reason reaches who waits, nothing is left of the attempt,
+// and the stock is filled when it works again.
+func TestBuildFails(t *testing.T) {
+	needHost(t)
+	must(t, prepareNetnsDir())
+	before := hostState(t)
+	must(t, unix.Mount("/dev/null", "/dev/net/tun", "none", unix.MS_BIND, ""))
+	broken := true
+	fix := func() {
+		if broken {
+			must(t, unix.Unmount("/dev/net/tun", unix.MNT_DETACH))
+			broken = false
+		}
+	}
+	defer fix()
+	ctx := context.Background()
+	p, err := NewPool(ctx, Options{Size: 1, Max: 2, StateDir: t.TempDir()})
+	must(t, err)
+	if _, err := p.Acquire(ctx, "early"); err == nil || !strings.Contains(err.Error(), TapName) {
+		t.Errorf("acquire without a tun device: %v", err)
+	}
+	fix()
+	acquire(t, p)
+	p.mu.Lock()
+	p.timer.Reset(0) // instead of the second that it would take
+	p.mu.Unlock()
+	deadline := time.Now().Add(3 * time.Second)
+	for ready := 0; ready == 0; time.Sleep(time.Millisecond) { // the pool reports no event
+		if time.Now().After(deadline) {
+			t.Fatal("the stock is not filled again")
+		}
+		p.mu.Lock()
+		ready = len(p.ready)
+		p.mu.Unlock()
+	}
+	must(t, p.Close(ctx, nil))
+	if after := hostState(t); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// TestKilled kills a process that makes and releases slots, wherever it is,
+// and lets the next one clean up.
+func TestKilled(t *testing.T) {
+	needHost(t)
+	must(t, prepareNetnsDir())
+	before := hostState(t)
+	dir, ctx := t.TempDir(), context.Background()
+	for _, delay := range []time.Duration{3, 9, 15, 30, 47} {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), churnEnv+"="+dir)
+		out, err := cmd.StdoutPipe()
+		must(t, err)
+		must(t, cmd.Start())
+		_, err = out.Read(make([]byte, 1)) // it has begun
+		must(t, err)
+		time.Sleep(delay * time.Millisecond) // any moment will do
+		must(t, cmd.Process.Kill())
+		cmd.Wait()
+		p, err := NewPool(ctx, Options{Max: 8, StateDir: dir})
+		must(t, err)
+		must(t, p.Sweep(ctx))
+		must(t, acquire(t, p).Release(ctx))
+		must(t, p.Close(ctx, nil))
+		if after := hostState(t); after != before {
+			t.Fatalf("after %v ms, before:\n%s\nafter:\n%s", int(delay), before, after)
+		}
+	}
+}
+
+func churn(dir string) error {
+	ctx := context.Background()
+	p, err := NewPool(ctx, Options{Size: 4, Max: 8, StateDir: dir})
+	if err != nil {
+		return err
+	}
+	fmt.Println("begun")
+	for range 1000 {
+		s, err := p.Acquire(ctx, "churn")
+		if err != nil {
+			return err
+		}
+		s.Release(ctx)
+	}
+	return nil
 }

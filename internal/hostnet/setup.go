@@ -68,7 +68,7 @@ func (w *wiring) ensureInside() error {
 	if err != nil {
 		return err
 	}
-	if err := loadSlotRules(w.egress); err != nil {
+	if err := loadSlotRules(w.egress, !w.adopt); err != nil {
 		return err
 	}
 	if err := ensureLink(tap, gatewayMAC, netip.PrefixFrom(GatewayAddr, slotBits)); err != nil {

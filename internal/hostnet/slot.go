@@ -88,7 +88,7 @@ func (s *Slot) SetEgress(ctx context.Context, e Egress) error {
 		if err := netlink.LinkSetAlias(tap, e.mark()); err != nil {
 			return fmt.Errorf("mark %s: %w", TapName, err)
 		}
-		return loadSlotRules(e)
+		return loadSlotRules(e, false)
 	})
 	if err != nil {
 		return fmt.Errorf("set the egress of slot %d: %w", s.Index, err)
