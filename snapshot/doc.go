@@ -1,0 +1,61 @@
+// Package snapshot is a store of images in generations: the memory and disks
+// of paused virtual machines, or anything else that is a range of 4 KiB blocks
+// of which each generation changes a part. It is a stand-alone library; it
+// knows no virtual machine, reads no environment and logs only to
+// Options.Logger.
+//
+// An [Image] is immutable and complete: its header maps every block to the
+// build that holds it, or to zeros, so that reading generation 1,000 costs
+// what reading generation 1 costs. A [Writer] makes an image from a parent by
+// writing what changed. A [Txn] joins a memory image, a disk image and a state
+// file into a snapshot by one atomic step, the renaming of its manifest.
+//
+//	w, err := store.NewImage(size, parent)
+//	defer w.Abort()                  // does nothing once committed
+//	err = w.WriteAt(pages, off)      // what changed, whole blocks
+//	id, err := w.Finish(ctx)         // durable, not yet reachable
+//	txn, err := store.Begin()
+//	defer txn.Abort()                // does nothing once committed
+//	err = txn.Commit(ctx, snapshot.Manifest{Memory: snapshot.ImageRef{ID: id}, …})
+//
+// # On disk
+//
+//	<dir>/lock                              the writing process holds its lock
+//	<dir>/images/<id>/data                  the blocks that this generation added
+//	<dir>/images/<id>/header                the map of the whole image
+//	<dir>/snapshots/<id>/manifest.json      the commit point
+//	<dir>/snapshots/<id>/state              device state, absent for a base
+//
+// A data file holds B blocks of 4,096 bytes, then their CRC32C values (4 bytes
+// each, little-endian, in the same order), then a trailer:
+//
+//	offset  bytes  what
+//	0       8      magic "WRENNDAT"
+//	8       4      version, 1
+//	12      4      block size, 4096
+//	16      8      B
+//	24      16     id of the build
+//	40      32     SHA-256 over the checksum table
+//	72      4      CRC32C over bytes 0…71
+//
+// # Invariants
+//
+//  1. A manifest is visible only after everything that it names is durable:
+//     data → fsync → header → fsync → directories → state → fsync →
+//     manifest.tmp → fsync → rename → fsync of the directory.
+//  2. What a committed manifest needs is never changed, and not removed before
+//     the removal of the manifest is durable.
+//  3. No byte of a block leaves the store unless its checksum fits; the
+//     checksums fit the digest in the header, the header its own checksum and
+//     the digest in the manifest, the manifest its own digest.
+//  4. What an Abort or a crash leaves behind is found by GC, which removes only
+//     what no manifest, no root, no open image and no unfinished writer needs,
+//     and nothing at all when a manifest or header cannot be read.
+//  5. A zero block written over data becomes zero; over zero it changes nothing.
+//
+// # Concurrency
+//
+// Any number of processes may read a store. One at a time may write; the first
+// changing call takes the lock and keeps it until Close. All methods are safe
+// for concurrent use.
+package snapshot

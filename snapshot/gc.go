@@ -1,0 +1,255 @@
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+
+	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+)
+
+// Delete removes a snapshot, readable or not. Its images stay until GC finds
+// that nothing else needs them. ErrNotFound when it does not exist.
+func (s *Store) Delete(ctx context.Context, id format.ID) error {
+	if err := s.forWriting(); err != nil {
+		return fmt.Errorf("delete snapshot %s: %w", id, err)
+	}
+	s.gcMu.Lock()
+	defer s.gcMu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("delete snapshot %s: %w", id, err)
+	}
+	err := s.fs.Remove(s.manifestPath(id)) // the one point after which it is gone
+	if errors.Is(err, fs.ErrNotExist) {
+		err = ErrNotFound
+	}
+	if err == nil {
+		err = s.sweepSnapshot(id)
+	}
+	if err != nil {
+		return fmt.Errorf("delete snapshot %s: %w", id, err)
+	}
+	s.log.Info("snapshot deleted", "id", id.String())
+	return nil
+}
+
+// sweepSnapshot removes what is left of a snapshot without manifest. First it
+// makes sure that the manifest cannot come back: its images may go next.
+func (s *Store) sweepSnapshot(id format.ID) error {
+	if err := s.fs.SyncDir(s.snapshotDir(id)); err != nil {
+		return err
+	}
+	return s.removeAll(s.snapshotDir(id), "manifest.json.tmp", "state")
+}
+
+// GCReport says what GC removed, or would remove in a dry run.
+type GCReport struct {
+	Snapshots []format.ID // unfinished or half deleted
+	Images    []format.ID // removed whole
+	Headers   []format.ID // images of which only the blocks are needed still
+	Bytes     int64       // freed
+}
+
+// GC removes what nothing needs: it marks from every manifest, from roots (the
+// images of running sandboxes; an ID without an image is an error), from the
+// images open in this Store and from unfinished writers and transactions, and
+// sweeps the rest. When a manifest or the header of a marked image cannot be
+// read it removes nothing. It may be stopped and repeated at any point.
+func (s *Store) GC(ctx context.Context, roots []format.ID, dryRun bool) (GCReport, error) {
+	var r GCReport
+	if !dryRun {
+		if err := s.forWriting(); err != nil {
+			return r, fmt.Errorf("gc: %w", err)
+		}
+	}
+	s.gcMu.Lock()
+	defer s.gcMu.Unlock()
+	plan, err := s.mark(ctx, roots)
+	if err != nil {
+		return r, fmt.Errorf("gc: nothing removed: %w", err)
+	}
+	if err := s.sweep(ctx, plan, &r, dryRun); err != nil {
+		return r, fmt.Errorf("gc: %w", err)
+	}
+	if !dryRun {
+		s.log.Info("gc done", "snapshots", len(r.Snapshots), "images", len(r.Images), "headers", len(r.Headers), "bytes", r.Bytes)
+	}
+	return r, nil
+}
+
+// gcPlan is what there was and what of it is needed.
+type gcPlan struct {
+	snapshots []format.ID // all without a manifest that are not being made
+	images    []format.ID // all
+	whole     map[format.ID]bool
+	data      map[format.ID]bool
+}
+
+// mark looks in an order that makes it safe beside commits of this process:
+// first at what exists, then at what is pending, then at the manifests. An
+// image made later is not in the list; one of the list is pending, or its
+// manifest is there to be read, or nobody wants it.
+func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
+	p := &gcPlan{whole: map[format.ID]bool{}, data: map[format.ID]bool{}}
+	var err error
+	if p.images, err = s.list(s.imagesDir()); err != nil {
+		return nil, err
+	}
+	snapshots, err := s.list(s.snapshotsDir())
+	if err != nil {
+		return nil, err
+	}
+	making := s.markLive(p)
+	for _, id := range snapshots {
+		m, err := s.Manifest(id)
+		if errors.Is(err, ErrNotFound) {
+			if !making[id] {
+				p.snapshots = append(p.snapshots, id)
+			}
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, ref := range m.images() {
+			roots = append(roots[:len(roots):len(roots)], ref.ID)
+		}
+	}
+	for _, id := range roots {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if p.whole[id] && !s.isPending(id) {
+			continue
+		}
+		h, _, err := s.readHeader(id)
+		if err != nil {
+			return nil, fmt.Errorf("image %s: %w", id, err)
+		}
+		p.needs(id, h)
+	}
+	return p, nil
+}
+
+// needs marks an image and the builds that it reads from.
+func (p *gcPlan) needs(id format.ID, h *format.Header) {
+	p.whole[id] = true
+	for _, b := range h.Builds {
+		p.data[b.ID] = true
+	}
+}
+
+// markLive marks what this process is using, and returns the snapshots that it
+// is making.
+func (s *Store) markLive(p *gcPlan) map[format.ID]bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	making := make(map[format.ID]bool, len(s.txns))
+	for id := range s.txns {
+		making[id] = true
+	}
+	for id, c := range s.images {
+		p.needs(id, c.header)
+	}
+	for id, w := range s.pending {
+		p.whole[id] = true
+		if w.base != nil {
+			for _, b := range w.base.Builds {
+				p.data[b.ID] = true
+			}
+		}
+	}
+	return making
+}
+
+func (s *Store) isPending(id format.ID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.pending[id]
+	return ok
+}
+
+// sweep removes snapshots first: no manifest may outlive an image it names.
+func (s *Store) sweep(ctx context.Context, p *gcPlan, r *GCReport, dryRun bool) error {
+	for _, id := range p.snapshots {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err := s.sizes(s.snapshotDir(id), "manifest.json.tmp", "state")
+		if err != nil {
+			return err
+		}
+		if !dryRun {
+			if err := s.sweepSnapshot(id); err != nil {
+				return err
+			}
+		}
+		r.Snapshots = append(r.Snapshots, id)
+		r.Bytes += n
+	}
+	for _, id := range p.images {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if p.whole[id] {
+			continue
+		}
+		if err := s.sweepImage(id, p.data[id], r, dryRun); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sweepImage removes an image, or only its header when others read its blocks.
+func (s *Store) sweepImage(id format.ID, keepData bool, r *GCReport, dryRun bool) error {
+	names := []string{"header", "data"}
+	if keepData {
+		names = names[:1]
+	}
+	n, err := s.sizes(s.imageDir(id), names...)
+	if err != nil {
+		return err
+	}
+	if keepData && n == 0 {
+		return nil // its header went before
+	}
+	r.Bytes += n
+	if keepData {
+		r.Headers = append(r.Headers, id)
+		if dryRun {
+			return nil
+		}
+		if err := s.fs.Remove(s.headerPath(id)); err != nil {
+			return err
+		}
+		return s.fs.SyncDir(s.imageDir(id))
+	}
+	r.Images = append(r.Images, id)
+	if dryRun {
+		return nil
+	}
+	return s.removeAll(s.imageDir(id), names...)
+}
+
+// sizes adds up the sizes of those of the files that exist.
+func (s *Store) sizes(dir string, names ...string) (int64, error) {
+	var sum int64
+	for _, n := range names {
+		f, err := s.fs.Open(path.Join(dir, n))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return 0, err
+		}
+		size, err := f.Size()
+		if err = errors.Join(err, f.Close()); err != nil {
+			return 0, err
+		}
+		sum += size
+	}
+	return sum, nil
+}
