@@ -23,7 +23,8 @@ type ExecRequest struct {
 	User string
 	// TimeoutSec ends the command after so many seconds; 0 means no limit.
 	TimeoutSec int
-	// Stdin is its whole input; used by Exec only, a Stream has Write.
+	// Stdin is its whole input for Exec (less than 1 MiB, with all the rest of
+	// the request), and the beginning of it for streams.
 	Stdin []byte
 }
 
@@ -33,6 +34,8 @@ type ExecResult struct {
 	Stderr   []byte
 	ExitCode int
 	Duration time.Duration
+	// TimedOut says that the time limit ended the command.
+	TimedOut bool
 }
 
 // wireExec is the JSON of ExecRequest, in a POST and in a start message.
@@ -82,6 +85,7 @@ type wireResult struct {
 	ExitCode   *int   `json:"exit_code"`
 	DurationMS int64  `json:"duration_ms"`
 	Encoding   string `json:"encoding"`
+	TimedOut   bool   `json:"timed_out,omitempty"`
 }
 
 func (w wireResult) result() (*ExecResult, error) {
@@ -89,7 +93,7 @@ func (w wireResult) result() (*ExecResult, error) {
 		// Taking an absent code for 0 would call a failure a success.
 		return nil, &Error{Code: CodeInternal, Message: "the server's answer has no exit_code"}
 	}
-	r := &ExecResult{ExitCode: *w.ExitCode, Duration: time.Duration(w.DurationMS) * time.Millisecond}
+	r := &ExecResult{ExitCode: *w.ExitCode, Duration: time.Duration(w.DurationMS) * time.Millisecond, TimedOut: w.TimedOut}
 	var err error
 	if r.Stdout, err = decodeData(w.Stdout, w.Encoding); err != nil {
 		return nil, fmt.Errorf("stdout: %w", err)
@@ -102,7 +106,7 @@ func (w wireResult) result() (*ExecResult, error) {
 
 // MarshalJSON writes the result in the API's own form.
 func (r ExecResult) MarshalJSON() ([]byte, error) {
-	w := wireResult{ExitCode: &r.ExitCode, DurationMS: r.Duration.Milliseconds(), Encoding: encodingUTF8}
+	w := wireResult{ExitCode: &r.ExitCode, DurationMS: r.Duration.Milliseconds(), Encoding: encodingUTF8, TimedOut: r.TimedOut}
 	if utf8.Valid(r.Stdout) && utf8.Valid(r.Stderr) {
 		w.Stdout, w.Stderr = string(r.Stdout), string(r.Stderr)
 	} else {

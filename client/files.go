@@ -38,7 +38,8 @@ const (
 // PutOptions says how a file is written.
 type PutOptions struct {
 	// Size is the number of bytes that will come; 0 when not known. Where it is
-	// known, a reader that gives another number makes the call fail.
+	// known, a reader that gives another number makes the call fail, and one
+	// that gives more leaves a file of the first Size bytes.
 	Size int64
 	// Mode holds the permission bits; 0 means 0644.
 	Mode uint32

@@ -2,6 +2,8 @@ package client
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"iter"
 	"net/http"
 	"net/url"
@@ -128,7 +130,8 @@ func (c *Client) SetTimeout(ctx context.Context, id string, d time.Duration) (*S
 }
 
 // ForkSandbox starts count new sandboxes in the present state of this one,
-// each a new individual; the source goes on.
+// each a new individual; the source goes on. Where only some could be started
+// it returns these and an error that joins an *Error for each of the others.
 func (c *Client) ForkSandbox(ctx context.Context, id string, count int) ([]Sandbox, error) {
 	if err := checkID(id); err != nil {
 		return nil, err
@@ -139,11 +142,22 @@ func (c *Client) ForkSandbox(ctx context.Context, id string, count int) ([]Sandb
 	in := struct {
 		Count int `json:"count"`
 	}{count}
-	var out SandboxPage
+	var out struct {
+		Sandboxes []Sandbox `json:"sandboxes"`
+		Errors    []struct {
+			Index   int    `json:"index"`
+			Code    string `json:"code"`
+			Message string `json:"message"`
+		} `json:"errors"`
+	}
 	if err := c.call(ctx, http.MethodPost, c.sandboxURL(nil, id, "fork"), in, &out); err != nil {
 		return nil, err
 	}
-	return out.Sandboxes, nil
+	var errs []error
+	for _, e := range out.Errors {
+		errs = append(errs, fmt.Errorf("fork %d of %d: %w", e.Index+1, count, &Error{Code: e.Code, Message: e.Message}))
+	}
+	return out.Sandboxes, errors.Join(errs...)
 }
 
 // Metrics are a running sandbox's figures at one moment.

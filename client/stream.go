@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"time"
 
 	"github.com/coder/websocket"
 )
@@ -14,6 +15,8 @@ import (
 const (
 	// maxMessage bounds one message from the server.
 	maxMessage = 16 << 20
+	// closeWait bounds the wait for the end of a stream that reported an error.
+	closeWait = time.Second
 	// stdinChunk is the most input put into one message, in bytes.
 	stdinChunk = 32 << 10
 )
@@ -36,6 +39,8 @@ type Event struct {
 	PID      int
 	Data     []byte
 	ExitCode int
+	// Reason says how a command ended that did not exit ("signal: killed").
+	Reason string
 }
 
 // Stream is a command or a terminal that runs in a sandbox. One goroutine may
@@ -135,6 +140,7 @@ type wireMessage struct {
 	Rows     int    `json:"rows,omitempty"`
 	PID      int    `json:"pid,omitempty"`
 	ExitCode *int   `json:"exit_code,omitempty"`
+	Reason   string `json:"reason,omitempty"`
 }
 
 // Write sends input to the command.
@@ -175,7 +181,8 @@ func (s *Stream) Resize(size PTYSize) error {
 }
 
 // Recv waits for the next event. After the exit event it returns io.EOF. An
-// error message of the server is an *Error with CodeStream; a connection that
+// error message of the server is an *Error with the server's code, or
+// CodeStream when it gave none, and ends the stream; a connection that
 // ends before the exit is an error that wraps io.ErrUnexpectedEOF. Messages of
 // unknown types are passed over.
 func (s *Stream) Recv() (Event, error) {
@@ -195,12 +202,28 @@ func (s *Stream) Recv() (Event, error) {
 		if err := json.Unmarshal(b, &m); err != nil {
 			return Event{}, fmt.Errorf("reading a stream message: %w", err)
 		}
+		if m.Type == "error" {
+			return Event{}, &Error{Code: s.closeCode(), Message: m.Data}
+		}
 		ev, known, err := m.event()
 		if err != nil || known {
 			s.done = ev.Type == EventExit
 			return ev, err
 		}
 	}
+}
+
+// closeCode reads the code that the server gives as the reason of closing
+// after an error message.
+func (s *Stream) closeCode() string {
+	ctx, cancel := context.WithTimeout(s.ctx, closeWait)
+	defer cancel()
+	_, _, err := s.conn.Read(ctx)
+	var ce websocket.CloseError
+	if errors.As(err, &ce) && ce.Reason != "" {
+		return ce.Reason
+	}
+	return CodeStream
 }
 
 func (m wireMessage) event() (ev Event, known bool, err error) {
@@ -214,9 +237,7 @@ func (m wireMessage) event() (ev Event, known bool, err error) {
 		if m.ExitCode == nil {
 			return Event{}, false, &Error{Code: CodeStream, Message: "the exit message has no exit_code"}
 		}
-		ev.ExitCode = *m.ExitCode
-	case "error":
-		return Event{}, false, &Error{Code: CodeStream, Message: m.Data}
+		ev.ExitCode, ev.Reason = *m.ExitCode, m.Reason
 	default:
 		return Event{}, false, nil
 	}

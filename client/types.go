@@ -44,9 +44,10 @@ type Sandbox struct {
 type Snapshot struct {
 	Name string `json:"name"`
 	// Type is "base" or "snapshot".
-	Type     string `json:"type"`
-	VCPUs    int    `json:"vcpus"`
-	MemoryMB int    `json:"memory_mb"`
+	Type string `json:"type"`
+	// VCPUs and MemoryMB are fixed by a snapshot; 0 in a base, which fixes nothing.
+	VCPUs    int `json:"vcpus"`
+	MemoryMB int `json:"memory_mb"`
 	// SizeBytes is what this generation added to the store.
 	SizeBytes int64 `json:"size_bytes"`
 	// Generation counts the pauses and snapshots between it and its origin.

@@ -17,7 +17,7 @@ import (
 )
 
 // maxJSONStdin bounds the input of exec --json, which goes in one request.
-const maxJSONStdin = 8 << 20
+const maxJSONStdin = 512 << 10
 
 // execFlags are those that exec and shell share.
 type execFlags struct {

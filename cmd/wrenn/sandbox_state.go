@@ -82,10 +82,10 @@ individual: own ID, host name, randomness and tokens.`,
 				return err
 			}
 			list, err := c.ForkSandbox(cmd.Context(), a[0], count)
-			if err != nil {
+			if len(list) == 0 && err != nil {
 				return err
 			}
-			return outputOf(cmd).sandboxes(list)
+			return errors.Join(err, outputOf(cmd).sandboxes(list))
 		},
 	}
 	cmd.Flags().IntVarP(&count, "count", "n", 1, "how many")
