@@ -59,7 +59,7 @@ func (s *Service) template(ctx context.Context, name string) (Template, error) {
 func plan(p CreateParams, t Template) (Sandbox, error) {
 	sb := Sandbox{
 		ID: newID(), Template: t.Name, Status: StatusPending,
-		VCPUs: DefaultVCPUs, MemoryMB: DefaultMemoryMB,
+		VCPUs: t.VCPUs, MemoryMB: t.MemoryMB,
 		Metadata: p.Metadata, TimeoutSec: p.TimeoutSec, AutoPause: p.AutoPause,
 		Version: 1,
 	}
@@ -72,7 +72,6 @@ func plan(p CreateParams, t Template) (Sandbox, error) {
 		}
 		return sb, nil
 	}
-	sb.VCPUs, sb.MemoryMB = t.VCPUs, t.MemoryMB
 	fixed := func(field string, want *int64, have int) error {
 		if want == nil || *want == int64(have) {
 			return nil

@@ -299,7 +299,7 @@ func (s *Service) correctTemplate(ctx context.Context, seq int64, t Template, ex
 	var err error
 	if exists {
 		if t.Type == TemplateBase {
-			t.VCPUs, t.MemoryMB = 0, 0
+			t.VCPUs, t.MemoryMB = DefaultVCPUs, DefaultMemoryMB
 		}
 		if t.CreatedAt.IsZero() {
 			t.CreatedAt = s.clock.Now()

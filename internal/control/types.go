@@ -49,7 +49,8 @@ type Template struct {
 	Name string
 	// Type is TemplateBase or TemplateSnapshot.
 	Type string
-	// VCPUs and MemoryMB are fixed by a snapshot; 0 in a base.
+	// VCPUs and MemoryMB are fixed by a snapshot; in a base they are what a
+	// sandbox gets that asks for nothing else.
 	VCPUs    int
 	MemoryMB int
 	// SizeBytes is what this generation added to the store.

@@ -26,7 +26,7 @@ const (
 	MaxForks                 = 64
 	MaxPageSize              = 1000
 	DefaultPageSize          = 100
-	MaxPtyCols, MaxPtyRows   = 4096, 4096
+	MaxPtyCols, MaxPtyRows   = 65535, 65535
 	DefaultTemplate          = "base"
 )
 

@@ -1,0 +1,120 @@
+package httpapi
+
+import (
+	"context"
+	_ "embed"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"git.omukk.dev/wrenn/sandbox/internal/control"
+)
+
+//go:embed openapi.yaml
+var openAPI []byte
+
+// Options configure the handler. Service is required.
+type Options struct {
+	Service *control.Service
+	// Logger: nil discards.
+	Logger *slog.Logger
+	// Metrics holds the figures of GET /metrics; nil: NewMetrics.
+	Metrics *Metrics
+}
+
+type api struct {
+	svc     *control.Service
+	log     *slog.Logger
+	metrics *Metrics
+}
+
+// New makes the handler of the whole API. It sets no time limits on
+// connections: an exec or an upload may take as long as its own limits allow.
+// The server around it should set ReadHeaderTimeout.
+func New(o Options) http.Handler {
+	a := &api{svc: o.Service, log: o.Logger, metrics: o.Metrics}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	if a.metrics == nil {
+		a.metrics = NewMetrics()
+	}
+	// An own registry per handler: the service's gauge may be had only once.
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(a.metrics, &sandboxGauge{svc: a.svc})
+
+	r := chi.NewRouter()
+	r.Use(a.requestID, a.record, a.recoverPanic)
+	r.NotFound(a.do(func(http.ResponseWriter, *http.Request) error {
+		return &control.Error{Code: control.CodeNotFound, Message: "there is no such path; GET /openapi.yaml lists them all"}
+	}))
+	r.MethodNotAllowed(a.methodNotAllowed)
+	r.Get("/healthz", a.do(a.probe(a.svc.Healthy)))
+	r.Get("/readyz", a.do(a.probe(a.svc.Ready)))
+	r.Method(http.MethodGet, "/metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
+	r.Get("/openapi.yaml", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/yaml")
+		_, _ = w.Write(openAPI) // A client that went away needs no answer.
+	})
+	r.Route("/v1", func(r chi.Router) {
+		r.Use(a.authenticate)
+		a.routes(r)
+	})
+	return r
+}
+
+func (a *api) routes(r chi.Router) {
+	r.Post("/sandboxes", a.do(a.createSandbox))
+	r.Get("/sandboxes", a.do(a.listSandboxes))
+	r.Get("/sandboxes/{id}", a.do(a.getSandbox))
+	r.Delete("/sandboxes/{id}", a.do(a.deleteSandbox))
+	r.Post("/sandboxes/{id}/pause", a.do(a.pauseSandbox))
+	r.Post("/sandboxes/{id}/resume", a.do(a.resumeSandbox))
+	r.Post("/sandboxes/{id}/timeout", a.do(a.setTimeout))
+	r.Post("/sandboxes/{id}/fork", a.do(a.forkSandbox))
+	r.Get("/sandboxes/{id}/metrics", a.do(a.sandboxMetrics))
+
+	r.Post("/sandboxes/{id}/exec", a.do(a.exec))
+	r.Get("/sandboxes/{id}/exec/stream", a.do(a.execStream))
+	r.Get("/sandboxes/{id}/pty", a.do(a.pty))
+
+	r.Get("/sandboxes/{id}/files", a.do(a.readFile))
+	r.Put("/sandboxes/{id}/files", a.do(a.writeFile))
+	r.Delete("/sandboxes/{id}/files", a.do(a.removeFile))
+	r.Get("/sandboxes/{id}/files/list", a.do(a.listFiles))
+	r.Post("/sandboxes/{id}/files/mkdir", a.do(a.makeDir))
+
+	r.Post("/snapshots", a.do(a.createSnapshot))
+	r.Get("/snapshots", a.do(a.listSnapshots))
+	r.Get("/snapshots/{name}", a.do(a.getSnapshot))
+	r.Delete("/snapshots/{name}", a.do(a.deleteSnapshot))
+}
+
+// probeTimeout bounds how long a health check waits.
+const probeTimeout = 3 * time.Second
+
+func (a *api) probe(check func(context.Context) error) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
+		defer cancel()
+		if err := check(ctx); err != nil {
+			return err
+		}
+		return reply(w, http.StatusOK, map[string]string{"status": "ok"})
+	}
+}
+
+// pathID gives the sandbox ID of the path.
+func pathID(r *http.Request) (string, error) {
+	id := chi.URLParam(r, "id")
+	return id, control.ValidateID("id", id)
+}
+
+func pathName(r *http.Request) (string, error) {
+	name := chi.URLParam(r, "name")
+	return name, control.ValidateName("name", name)
+}
