@@ -11,41 +11,80 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// firstTry is how long Dial gives its first attempt; each later one has twice
-// as long, and from lastTry on the limit is the context's alone. TCP repeats a
-// lost SYN only after a second, and the first packet to a tap that has just
-// got its user, or to a guest that is being resumed, is easily lost.
+// TCP repeats a lost SYN after one second, then two, then four. The first
+// packet to a tap that has just got its user, or to a guest that is booting or
+// being resumed, is easily lost, and a resume is to take less than that
+// second. So Dial starts another attempt after firstTry, then at growing
+// intervals up to maxInterval, and the first to get through wins; older
+// attempts live on for attemptLife, for a guest that answers slowly.
 const (
-	firstTry = 50 * time.Millisecond
-	lastTry  = time.Second
+	firstTry    = 50 * time.Millisecond
+	maxInterval = 250 * time.Millisecond
+	attemptLife = 2 * time.Second
 )
 
 // Dial connects to a TCP port of the guest. The socket is made inside the
 // slot's namespace, which takes a thread there for some microseconds; the
 // connection is then awaited by the runtime's poller, so any number of dials
 // may wait at once. A guest that is not up does not refuse, it is silent: Dial
-// then goes on until ctx ends.
+// then goes on until ctx ends. The guest may see further connections that are
+// closed at once.
 func (s *Slot) Dial(ctx context.Context, port int) (net.Conn, error) {
 	if port < 1 || port > 65535 {
 		return nil, fmt.Errorf("dial slot %d: port %d out of range", s.Index, port)
 	}
-	for limit := firstTry; ; limit *= 2 {
-		conn, err := s.try(ctx, port, limit)
-		if err == nil {
-			return conn, nil
-		}
-		if ctx.Err() != nil || !errors.Is(err, errNoAnswer) {
-			return nil, fmt.Errorf("dial port %d of slot %d: %w", port, s.Index, err)
-		}
+	conn, err := s.try(ctx, port, firstTry)
+	if errors.Is(err, errNoAnswer) {
+		conn, err = s.keepTrying(ctx, port)
 	}
+	if err != nil {
+		return nil, fmt.Errorf("dial port %d of slot %d: %w", port, s.Index, err)
+	}
+	return conn, nil
 }
 
 var errNoAnswer = errors.New("no answer in time")
 
-func (s *Slot) try(ctx context.Context, port int, limit time.Duration) (net.Conn, error) {
-	if limit >= lastTry {
-		return s.dial(ctx, port)
+// keepTrying has at most attemptLife/firstTry attempts under way, and none
+// that outlives it by more than the time to notice.
+func (s *Slot) keepTrying(ctx context.Context, port int) (net.Conn, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type result struct {
+		conn net.Conn
+		err  error
 	}
+	results := make(chan result)
+	attempt := func() {
+		conn, err := s.try(ctx, port, attemptLife)
+		select {
+		case results <- result{conn, err}:
+		case <-ctx.Done():
+			if conn != nil {
+				conn.Close()
+			}
+		}
+	}
+	interval := firstTry
+	next := time.NewTimer(0)
+	defer next.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-next.C:
+			go attempt()
+			interval = min(2*interval, maxInterval)
+			next.Reset(interval)
+		case r := <-results:
+			if !errors.Is(r.err, errNoAnswer) {
+				return r.conn, r.err
+			}
+		}
+	}
+}
+
+func (s *Slot) try(ctx context.Context, port int, limit time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, errNoAnswer)
 	defer cancel()
 	return s.dial(ctx, port)

@@ -3,6 +3,7 @@ package hostnet
 import (
 	"context"
 	"errors"
+	"net"
 	"os"
 	"runtime/pprof"
 	"sync"
@@ -74,5 +75,40 @@ func TestDialErrors(t *testing.T) {
 	w.newGuest(t, s)
 	if _, err := s.Dial(ctx, 7); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("dial to a closed port: %v", err)
+	}
+}
+
+// TestDialWaitsForTheGuest: a guest that comes up is found at once, not at the
+// next retransmission.
+func TestDialWaitsForTheGuest(t *testing.T) {
+	w := newWorld(t)
+	p := newTestPool(t, Options{Max: 1})
+	s := acquire(t, p)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() {
+		c, err := s.Dial(ctx, 7)
+		done <- result{c, err}
+	}()
+	select {
+	case r := <-done:
+		t.Fatalf("dial ended without a guest: %v", r.err)
+	case <-time.After(1200 * time.Millisecond): // the second SYN would be due, the third is not
+	}
+	// A port that is not served would refuse, which ends a dial.
+	g := w.unpluggedGuest(t)
+	w.serveTCP(t, g.ns, 7)
+	g.plug(t, s)
+	start := time.Now()
+	r := <-done
+	must(t, r.err)
+	r.conn.Close()
+	if took := time.Since(start); took > 1500*time.Millisecond {
+		t.Errorf("found the guest only after %v", took)
 	}
 }

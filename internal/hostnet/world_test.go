@@ -197,19 +197,26 @@ func (w *world) dialTCP(ns *os.File, addr string, limit time.Duration) (answer s
 // the slot's tap, as QEMU does it.
 type guest struct {
 	ns  *os.File
+	nic *os.File
 	tap *os.File // the slot's
 }
 
 func (w *world) newGuest(t testing.TB, s *Slot) *guest {
 	t.Helper()
+	g := w.unpluggedGuest(t)
+	g.plug(t, s)
+	return g
+}
+
+func (w *world) unpluggedGuest(t testing.TB) *guest {
+	t.Helper()
 	g := &guest{ns: newNS(t, w.home)}
-	var nic *os.File
 	must(t, inNetns(w.home, g.ns, func() error {
 		fd, err := attachTap()
 		if err != nil {
 			return err
 		}
-		nic = os.NewFile(uintptr(fd), "guest nic")
+		g.nic = os.NewFile(uintptr(fd), "guest nic")
 		l, err := netlink.LinkByName(TapName)
 		if err != nil {
 			return err
@@ -222,6 +229,12 @@ func (w *world) newGuest(t testing.TB, s *Slot) *guest {
 		return netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: GatewayAddr.AsSlice(),
 			Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}})
 	}))
+	t.Cleanup(func() { g.nic.Close() })
+	return g
+}
+
+func (g *guest) plug(t testing.TB, s *Slot) {
+	t.Helper()
 	var err error
 	g.tap, err = s.OpenTap()
 	must(t, err)
@@ -236,10 +249,9 @@ func (w *world) newGuest(t testing.TB, s *Slot) *guest {
 			dst.Write(buf[:n])
 		}
 	}
-	wg.Go(func() { pump(g.tap, nic) })
-	wg.Go(func() { pump(nic, g.tap) })
-	t.Cleanup(func() { g.tap.Close(); nic.Close(); wg.Wait() })
-	return g
+	wg.Go(func() { pump(g.tap, g.nic) })
+	wg.Go(func() { pump(g.nic, g.tap) })
+	t.Cleanup(func() { g.tap.Close(); g.nic.Close(); wg.Wait() })
 }
 
 // frame is an Ethernet frame with a UDP datagram to port 9999 in it, behind
