@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"slices"
 
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
 
 // Delete removes a snapshot, readable or not. Its images stay until GC finds
-// that nothing else needs them. ErrNotFound when it does not exist.
+// that nothing else needs them. ErrNotFound when it does not exist. After
+// another error the snapshot may be gone already; GC finishes the work.
 func (s *Store) Delete(ctx context.Context, id format.ID) error {
 	if err := s.forWriting(); err != nil {
 		return fmt.Errorf("delete snapshot %s: %w", id, err)
@@ -38,7 +40,11 @@ func (s *Store) Delete(ctx context.Context, id format.ID) error {
 // sweepSnapshot removes what is left of a snapshot without manifest. First it
 // makes sure that the manifest cannot come back: its images may go next.
 func (s *Store) sweepSnapshot(id format.ID) error {
-	if err := s.fs.SyncDir(s.snapshotDir(id)); err != nil {
+	err := s.fs.SyncDir(s.snapshotDir(id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // aborted meanwhile
+	}
+	if err != nil {
 		return err
 	}
 	return s.removeAll(s.snapshotDir(id), "manifest.json.tmp", "state")
@@ -102,6 +108,7 @@ func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
 		return nil, err
 	}
 	making := s.markLive(p)
+	roots = slices.Clone(roots)
 	for _, id := range snapshots {
 		m, err := s.Manifest(id)
 		if errors.Is(err, ErrNotFound) {
@@ -114,15 +121,15 @@ func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
 			return nil, err
 		}
 		for _, ref := range m.images() {
-			roots = append(roots[:len(roots):len(roots)], ref.ID)
+			roots = append(roots, ref.ID)
 		}
 	}
 	for _, id := range roots {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		if p.whole[id] && !s.isPending(id) {
-			continue
+		if p.whole[id] {
+			continue // seen, or in use by this process and marked for that
 		}
 		h, _, err := s.readHeader(id)
 		if err != nil {
@@ -164,20 +171,13 @@ func (s *Store) markLive(p *gcPlan) map[format.ID]bool {
 	return making
 }
 
-func (s *Store) isPending(id format.ID) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	_, ok := s.pending[id]
-	return ok
-}
-
 // sweep removes snapshots first: no manifest may outlive an image it names.
 func (s *Store) sweep(ctx context.Context, p *gcPlan, r *GCReport, dryRun bool) error {
 	for _, id := range p.snapshots {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		n, err := s.sizes(s.snapshotDir(id), "manifest.json.tmp", "state")
+		n, _, err := s.sizes(s.snapshotDir(id), "manifest.json.tmp", "state")
 		if err != nil {
 			return err
 		}
@@ -209,11 +209,11 @@ func (s *Store) sweepImage(id format.ID, keepData bool, r *GCReport, dryRun bool
 	if keepData {
 		names = names[:1]
 	}
-	n, err := s.sizes(s.imageDir(id), names...)
+	n, files, err := s.sizes(s.imageDir(id), names...)
 	if err != nil {
 		return err
 	}
-	if keepData && n == 0 {
+	if keepData && files == 0 {
 		return nil // its header went before
 	}
 	r.Bytes += n
@@ -234,22 +234,22 @@ func (s *Store) sweepImage(id format.ID, keepData bool, r *GCReport, dryRun bool
 	return s.removeAll(s.imageDir(id), names...)
 }
 
-// sizes adds up the sizes of those of the files that exist.
-func (s *Store) sizes(dir string, names ...string) (int64, error) {
-	var sum int64
+// sizes adds up the sizes of those of the files that exist, and counts them.
+func (s *Store) sizes(dir string, names ...string) (sum int64, files int, err error) {
 	for _, n := range names {
 		f, err := s.fs.Open(path.Join(dir, n))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		size, err := f.Size()
 		if err = errors.Join(err, f.Close()); err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		sum += size
+		files++
 	}
-	return sum, nil
+	return sum, files, nil
 }

@@ -21,6 +21,8 @@ type Txn struct {
 	mu    sync.Mutex
 	state storage.File // nil until StateFile
 	done  bool
+	// failed: a Commit failed half way, so only Abort is left.
+	failed bool
 }
 
 // Begin begins a snapshot. The caller always calls Abort in the end; after a
@@ -66,14 +68,20 @@ func (t *Txn) StateFile() (storage.File, error) {
 // the manifest. The images that m names must be finished. It sets the fields
 // of m that say "set by Commit"; read them back with Store.Manifest. When it
 // fails, the snapshot does not exist, and Abort removes what there is of it;
-// the writers of its images are to be aborted on their own.
+// the writers of its images are to be aborted on their own, or committed by
+// another Txn. An image that this store has not just made must be named by
+// another manifest or be open meanwhile.
 func (t *Txn) Commit(ctx context.Context, m Manifest) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.done {
 		return fmt.Errorf("commit snapshot %s: %w", t.id, ErrClosed)
 	}
+	if t.failed {
+		return fmt.Errorf("commit snapshot %s: it failed before, abort it", t.id)
+	}
 	if err := t.commit(ctx, &m); err != nil {
+		t.failed = true
 		return fmt.Errorf("commit snapshot %s: %w", t.id, err)
 	}
 	t.store.log.Info("snapshot committed", "id", t.id.String(), "name", m.Name, "kind", m.Kind, "bytes", m.Size)
@@ -90,6 +98,11 @@ func (t *Txn) commit(ctx context.Context, m *Manifest) error {
 		m.CreatedAt = s.now().UTC()
 	}
 	writers, own, err := t.resolveImages(m)
+	defer func() {
+		for _, w := range writers {
+			w.setState(committing, finished) // undecided still: it failed
+		}
+	}()
 	if err != nil {
 		return err
 	}
@@ -128,8 +141,8 @@ func (t *Txn) commit(ctx context.Context, m *Manifest) error {
 }
 
 // resolveImages fills in the references to images. It returns the writers of
-// those that this process has just made, locked in until the commit is
-// decided, and the bytes that they added.
+// those that this process has just made, protected from Abort until the commit
+// is decided, and the bytes that they added.
 func (t *Txn) resolveImages(m *Manifest) ([]*Writer, int64, error) {
 	s := t.store
 	var writers []*Writer
@@ -145,14 +158,14 @@ func (t *Txn) resolveImages(m *Manifest) ([]*Writer, int64, error) {
 		if w == nil {
 			h, b, err := s.readHeader(ref.ID)
 			if err != nil {
-				return nil, 0, fmt.Errorf("image %s: %w", ref.ID, err)
+				return writers, 0, fmt.Errorf("image %s: %w", ref.ID, err)
 			}
 			*ref = ImageRef{ID: ref.ID, Size: h.Size, HeaderSHA256: digestOf(b)}
 			continue
 		}
-		size, digest, n, err := w.result()
+		size, digest, n, err := w.claimResult()
 		if err != nil {
-			return nil, 0, err
+			return writers, 0, err
 		}
 		*ref = ImageRef{ID: ref.ID, Size: size, HeaderSHA256: hex.EncodeToString(digest[:])}
 		writers = append(writers, w)
@@ -161,13 +174,15 @@ func (t *Txn) resolveImages(m *Manifest) ([]*Writer, int64, error) {
 	return writers, own, nil
 }
 
-// result returns what a manifest says of a finished image.
-func (w *Writer) result() (size int64, digest [32]byte, bytes int64, err error) {
+// claimResult returns what a manifest says of a finished image and takes the
+// writer for the commit.
+func (w *Writer) claimResult() (size int64, digest [32]byte, bytes int64, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.state != finished && w.state != committed {
-		return 0, digest, 0, fmt.Errorf("image %s is not finished", w.id)
+	if w.state != finished {
+		return 0, digest, 0, fmt.Errorf("image %s is not finished, or in another commit", w.id)
 	}
+	w.state = committing
 	return w.size, w.headerDigest, w.bytes, nil
 }
 
@@ -214,7 +229,7 @@ func (t *Txn) takeBack(cause error, writers []*Writer) error {
 		}
 	}
 	for _, w := range writers {
-		w.keep()
+		w.setState(committing, committed) // Abort does nothing from now on
 	}
 	t.close()
 	return errors.Join(cause, fmt.Errorf("whether the snapshot exists is known only after the next start: %w", err))
@@ -224,7 +239,7 @@ func (t *Txn) takeBack(cause error, writers []*Writer) error {
 func (t *Txn) finish(writers []*Writer) {
 	s := t.store
 	for _, w := range writers {
-		w.keep()
+		w.setState(committing, committed) // Abort does nothing from now on
 	}
 	s.mu.Lock()
 	for _, w := range writers {
@@ -235,11 +250,12 @@ func (t *Txn) finish(writers []*Writer) {
 	t.close()
 }
 
-// keep makes Abort do nothing.
-func (w *Writer) keep() {
+func (w *Writer) setState(from, to writerState) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.state = committed
+	if w.state == from {
+		w.state = to
+	}
 }
 
 func (t *Txn) close() {

@@ -45,6 +45,7 @@ type writerState uint8
 const (
 	writing writerState = iota
 	finished
+	committing // a Txn decides; nobody may abort
 	committed
 	aborted
 )
@@ -320,8 +321,11 @@ func (w *Writer) encodeHeader(ref format.BuildRef) ([]byte, error) {
 func (w *Writer) Abort() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.state == committed || w.state == aborted {
+	switch w.state {
+	case committed, aborted:
 		return nil
+	case committing:
+		return fmt.Errorf("abort image %s: it is being committed", w.id)
 	}
 	w.state = aborted
 	w.buf, w.sums, w.seen, w.extents = nil, nil, nil, nil
