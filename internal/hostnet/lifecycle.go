@@ -58,6 +58,23 @@ func destroy(n int) error {
 	return errors.Join(removeHostLink(n), removeNetns(n))
 }
 
+// destroyAll is destroy for many. Removing a link waits for an RCU grace
+// period, some 25 ms; removing them as a group waits for one together. Held:
+// the host lock, for the group.
+func destroyAll(slots []int) error {
+	if len(slots) == 0 {
+		return nil
+	}
+	if err := removeHostLinks(slots); err != nil {
+		return err
+	}
+	var errs []error
+	for _, n := range slots {
+		errs = append(errs, removeNetns(n))
+	}
+	return errors.Join(errs...)
+}
+
 // reclaim destroys a released slot in the background.
 func (p *Pool) reclaim(n int) {
 	p.mu.Lock()
@@ -166,32 +183,30 @@ func (p *Pool) repair(n int) (*Slot, error) {
 // Sweep destroys the slots that nobody adopted; their numbers are used again.
 // Call it when all Adopts are done.
 func (p *Pool) Sweep(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("sweep network slots: %w", context.Cause(ctx))
+	}
 	p.mu.Lock()
 	var all []int
-	for n := range p.orphans {
-		all = append(all, n)
+	if !p.closed {
+		for n := range p.orphans {
+			all = append(all, n)
+			p.pending[n] = true
+		}
+		clear(p.orphans)
+		p.wg.Add(1)
+		defer p.wg.Done()
 	}
 	p.mu.Unlock()
-	slices.Sort(all)
-	var errs []error
+	err := withHostLock(func() error { return destroyAll(all) })
+	p.mu.Lock()
 	for _, n := range all {
-		if ctx.Err() != nil {
-			errs = append(errs, context.Cause(ctx))
-			break
-		}
-		if p.takeOrphan(n) != nil {
-			continue // adopted or closed meanwhile
-		}
-		err := destroy(n)
-		p.mu.Lock()
 		delete(p.pending, n)
 		p.freed(n, err)
-		p.schedule()
-		p.mu.Unlock()
-		p.wg.Done()
-		errs = append(errs, err)
 	}
-	if err := errors.Join(errs...); err != nil {
+	p.schedule()
+	p.mu.Unlock()
+	if err != nil {
 		return fmt.Errorf("sweep network slots: %w", err)
 	}
 	return nil
@@ -219,28 +234,22 @@ func (p *Pool) Close(ctx context.Context, keep []int) error {
 	p.wg.Wait()
 
 	p.mu.Lock()
-	gone := map[int]bool{}
+	var gone []int
 	for n, s := range p.used {
 		s.detach()
-		gone[n] = true
+		gone = append(gone, n)
 	}
 	for _, s := range p.ready {
 		s.detach()
-		gone[s.Index] = true
+		gone = append(gone, s.Index)
 	}
 	for n := range p.orphans {
-		gone[n] = true
+		gone = append(gone, n)
 	}
 	p.mu.Unlock()
-	var errs []error
-	for n := range gone {
-		if !slices.Contains(keep, n) {
-			errs = append(errs, destroy(n))
-		}
-	}
-	errs = append(errs, withHostLock(leaveHost))
-	errs = append(errs, p.home.Close(), p.lock.Close())
-	if err := errors.Join(errs...); err != nil {
+	gone = slices.DeleteFunc(gone, func(n int) bool { return slices.Contains(keep, n) })
+	err := withHostLock(func() error { return errors.Join(destroyAll(gone), leaveHost()) })
+	if err = errors.Join(err, p.home.Close(), p.lock.Close()); err != nil {
 		return fmt.Errorf("close the network pool: %w", err)
 	}
 	return nil

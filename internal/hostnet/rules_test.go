@@ -59,7 +59,7 @@ func TestGuestReachesNothingPrivate(t *testing.T) {
 		t.Fatalf("control: %q %v", got, err)
 	}
 	for _, to := range []string{hostPublic, hostEnd.Addr().String(), GatewayAddr.String()} {
-		if _, err := w.dialTCP(g.ns, to+":8080", 100*time.Millisecond); err == nil {
+		if _, err := w.dialTCP(g.ns, to+":8080", 50*time.Millisecond); err == nil {
 			t.Errorf("guest reached the host's service at %s", to)
 		}
 	}
@@ -157,7 +157,7 @@ func TestOnlyTheHostsDialReachesTheGuest(t *testing.T) {
 	_, inside := p.layout.addrs(s.Index)
 	for _, ns := range []*os.File{w.home, w.inet} {
 		for _, to := range []string{GuestAddr.String(), inside.Addr().String()} {
-			if got, err := w.dialTCP(ns, to+":49983", 100*time.Millisecond); err == nil {
+			if got, err := w.dialTCP(ns, to+":49983", 50*time.Millisecond); err == nil {
 				t.Errorf("reached %s: %q", to, got)
 			}
 		}

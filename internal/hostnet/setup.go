@@ -256,6 +256,34 @@ func removeHostLink(n int) error {
 	return nil
 }
 
+// doomedGroup is the link group of what removeHostLinks is about to remove; a
+// link that a crash left in it was to go, too.
+const doomedGroup = 0x77726e64
+
+// removeHostLinks removes the host ends of many slots. Held: the host lock.
+func removeHostLinks(slots []int) error {
+	for _, n := range slots {
+		link, err := netlink.LinkByName(hostLink(n))
+		if isLinkMissing(err) {
+			continue
+		}
+		if err == nil {
+			err = netlink.LinkSetGroup(link, doomedGroup)
+		}
+		if err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("mark %s for removal: %w", hostLink(n), err)
+		}
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
+	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(doomedGroup)))
+	// ENODEV: nobody is in the group.
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove the links of %d slots: %w", len(slots), err)
+	}
+	return nil
+}
+
 func isLinkMissing(err error) bool {
 	var missing netlink.LinkNotFoundError
 	return errors.As(err, &missing)

@@ -252,6 +252,21 @@ func (g *guest) plug(t testing.TB, s *Slot) {
 	wg.Go(func() { pump(g.tap, g.nic) })
 	wg.Go(func() { pump(g.nic, g.tap) })
 	t.Cleanup(func() { g.tap.Close(); g.nic.Close(); wg.Wait() })
+	// A link drops what it is given until the kernel has noticed its carrier.
+	deadline := time.Now().Add(5 * time.Second)
+	for _, ns := range []*os.File{g.ns, s.ns} {
+		for up := false; !up; time.Sleep(time.Millisecond) {
+			must(t, inNetns(s.pool.home, ns, func() error {
+				l, err := netlink.LinkByName(TapName)
+				// A tap that never was without a user is in state unknown.
+				up = err == nil && (l.Attrs().OperState == netlink.OperUp || l.Attrs().OperState == netlink.OperUnknown)
+				return err
+			}))
+			if time.Now().After(deadline) {
+				t.Fatal("the guest's link does not come up")
+			}
+		}
+	}
 }
 
 // frame is an Ethernet frame with a UDP datagram to port 9999 in it, behind
