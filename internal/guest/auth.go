@@ -13,6 +13,9 @@ import (
 	"strings"
 
 	"connectrpc.com/connect"
+
+	"git.omukk.dev/wrenn/sandbox/internal/gen/filesystem/filesystemconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/gen/process/processconnect"
 )
 
 // tokenHeader carries the sandbox's token.
@@ -52,7 +55,10 @@ func (s *Server) guard(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		}
-		if refuse.IsSupported(r) {
+		// A plain GET could be a Connect one by its looks: the path decides.
+		rpc := strings.HasPrefix(r.URL.Path, "/"+processconnect.ProcessName) ||
+			strings.HasPrefix(r.URL.Path, "/"+filesystemconnect.FilesystemName)
+		if rpc && refuse.IsSupported(r) {
 			_ = refuse.Write(w, r, err)
 			return
 		}

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -88,13 +87,29 @@ const (
 )
 
 var (
-	generationRE = regexp.MustCompile(`^[A-Za-z0-9._:-]{1,128}$`)
-	machineIDRE  = regexp.MustCompile(`^[0-9a-f]{32}$`)
-	tokenRE      = regexp.MustCompile(`^[!-~]{16,512}$`)
 	// A clock outside of these years is a mistake of the host's.
 	clockMin = time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC)
 	clockMax = time.Date(2200, 1, 1, 0, 0, 0, 0, time.UTC)
 )
+
+// only tells whether s has from min to max bytes, all of which ok allows.
+// Regular expressions would be compiled at each start of the agent, for longer
+// than all its other initialisation takes.
+func only(s string, min, max int, ok func(c byte) bool) bool {
+	for i := range len(s) {
+		if !ok(s[i]) {
+			return false
+		}
+	}
+	return min <= len(s) && len(s) <= max
+}
+
+func isDigit(c byte) bool     { return '0' <= c && c <= '9' }
+func isHex(c byte) bool       { return isDigit(c) || 'a' <= c && c <= 'f' }
+func isPrintable(c byte) bool { return '!' <= c && c <= '~' }
+func isName(c byte) bool {
+	return isDigit(c) || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || strings.IndexByte("._:-", c) >= 0
+}
 
 func (r InitRequest) check() (*initPlan, error) {
 	p := &initPlan{InitRequest: r}
@@ -108,12 +123,12 @@ func (r InitRequest) check() (*initPlan, error) {
 		return nil, invalidf("entropy: must be base64 of %d to %d bytes", minEntropy, maxEntropy)
 	}
 	switch {
-	case !generationRE.MatchString(r.Generation):
-		return nil, invalidf("generation: must match %s", generationRE)
-	case !tokenRE.MatchString(r.AccessToken):
+	case !only(r.Generation, 1, 128, isName):
+		return nil, invalidf("generation: must be 1 to 128 characters of [A-Za-z0-9._:-]")
+	case !only(r.AccessToken, 16, 512, isPrintable):
 		return nil, invalidf("access_token: must be 16 to 512 printable characters")
-	case r.MachineID != "" && !machineIDRE.MatchString(r.MachineID):
-		return nil, invalidf("machine_id: must match %s", machineIDRE)
+	case r.MachineID != "" && !only(r.MachineID, 32, 32, isHex):
+		return nil, invalidf("machine_id: must be 32 lower-case hex digits")
 	case len(r.DefaultUser) > maxUser || strings.ContainsAny(r.DefaultUser, ":\n\x00"):
 		return nil, invalidf("default_user: not a user name")
 	}
@@ -163,6 +178,10 @@ func (s *Server) initialize(ctx context.Context, p *initPlan) (*InitResponse, er
 	fresh := s.identity().Generation != p.Generation
 	if fresh {
 		s.ident.Store(nil)
+		// An agent restarted from here on must not take the old life over.
+		if err := os.Remove(s.stateFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, connect.NewError(connect.CodeInternal, fmt.Errorf("removing the earlier state: %w", err))
+		}
 	}
 	bootID, err := s.sys.BootID()
 	if err != nil {

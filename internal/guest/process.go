@@ -30,6 +30,8 @@ type proc struct {
 	out    *output
 	in     *input   // nil: its standard input is empty
 	term   *os.File // nil: it has no terminal
+	// gone is closed when the process has been collected.
+	gone chan struct{}
 	// started orders processes that share a tag.
 	started time.Time
 	// registered belongs to processes.mu.
@@ -90,7 +92,10 @@ func spawn(c *command, o startOptions, ended func(*proc)) (*proc, *reader, error
 		fl.closeAll(fl.parent)
 		return nil, nil, c.startError(err)
 	}
-	p := &proc{pid: cmd.Process.Pid, config: c.config, tag: o.tag, out: newOutput(), in: fl.in, term: fl.term, started: time.Now()}
+	p := &proc{
+		pid: cmd.Process.Pid, config: c.config, tag: o.tag, started: time.Now(),
+		out: newOutput(), in: fl.in, term: fl.term, gone: make(chan struct{}),
+	}
 	r := p.out.attach()
 	if o.lifetime > 0 {
 		p.lifetime = time.AfterFunc(o.lifetime, p.expire)
@@ -101,6 +106,7 @@ func spawn(c *command, o startOptions, ended func(*proc)) (*proc, *reader, error
 	}
 	go func() {
 		p.reap(cmd, pidfd)
+		close(p.gone)
 		if p.in != nil {
 			p.in.abandon()
 		}
@@ -202,7 +208,12 @@ func resize(term *os.File, cols, rows uint16) error {
 // only keeps the pipe empty, so that a child left behind (a server started
 // with &) neither blocks nor dies by SIGPIPE.
 func (p *proc) pump(f *os.File, from channel, quiet func()) {
-	defer f.Close()
+	defer func() {
+		// A program that is about to exit closes its terminal first. Closing
+		// our side then would hang it up before it can say how it exits.
+		<-p.gone
+		_ = f.Close()
+	}()
 	buf := make([]byte, pieceSize)
 	for {
 		n, err := f.Read(buf)
