@@ -1,6 +1,7 @@
 package client
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -114,7 +115,11 @@ func (r ExecResult) MarshalJSON() ([]byte, error) {
 		w.Stdout = base64.StdEncoding.EncodeToString(r.Stdout)
 		w.Stderr = base64.StdEncoding.EncodeToString(r.Stderr)
 	}
-	return json.Marshal(w)
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false) // output full of \u003c is hard to read
+	err := e.Encode(w)
+	return b.Bytes(), err
 }
 
 const (

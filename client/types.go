@@ -26,7 +26,7 @@ type Sandbox struct {
 	Status   string            `json:"status"`
 	VCPUs    int               `json:"vcpus"`
 	MemoryMB int               `json:"memory_mb"`
-	Metadata map[string]string `json:"metadata,omitempty"`
+	Metadata map[string]string `json:"metadata"`
 	// TimeoutSec is how long it may run without being extended, in seconds; 0
 	// means without limit.
 	TimeoutSec int `json:"timeout_sec"`

@@ -167,6 +167,9 @@ func (s *Server) add(sb client.Sandbox) client.Sandbox {
 	if sb.VCPUs == 0 {
 		sb.VCPUs, sb.MemoryMB = 1, 512
 	}
+	if sb.Metadata == nil {
+		sb.Metadata = map[string]string{}
+	}
 	sb.CreatedAt, sb.StartedAt = Epoch, Epoch.Add(time.Second)
 	if sb.TimeoutSec > 0 {
 		sb.ExpiresAt = sb.StartedAt.Add(time.Duration(sb.TimeoutSec) * time.Second)

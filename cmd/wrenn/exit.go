@@ -70,7 +70,9 @@ func finish(cmd *cobra.Command, err error, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "wrenn: interrupted")
 		return exitInterrupted
 	}
-	fmt.Fprintf(stderr, "wrenn: %s\n", printable(message(err)))
+	for _, e := range parts(err) {
+		fmt.Fprintf(stderr, "wrenn: %s\n", printable(message(e)))
+	}
 	if r := remedy(cmd, err); r != "" {
 		fmt.Fprintf(stderr, "  %s\n", r)
 	}
@@ -111,6 +113,18 @@ func apiExitCode(code string) int {
 		return exitUnavailable
 	}
 	return exitError
+}
+
+// parts are the errors that were joined into err, or err alone.
+func parts(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		var all []error
+		for _, e := range joined.Unwrap() {
+			all = append(all, parts(e)...)
+		}
+		return all
+	}
+	return []error{err}
 }
 
 // message says what happened; a connection that failed is told by the server's

@@ -140,7 +140,7 @@ func (o output) snapshots(list []client.Snapshot) error {
 	}
 	rows := make([][]string, len(list))
 	for i, s := range list {
-		rows[i] = []string{s.Name, s.Type, strconv.Itoa(s.VCPUs), mib(s.MemoryMB), size(s.SizeBytes),
+		rows[i] = []string{s.Name, s.Type, dash(vcpus(s.VCPUs)), dash(mib(s.MemoryMB)), size(s.SizeBytes),
 			strconv.FormatInt(s.Generation, 10), dash(s.Parent), stamp(s.CreatedAt)}
 	}
 	return o.table([]string{"NAME", "TYPE", "VCPUS", "MEMORY", "SIZE", "GENERATION", "PARENT", "CREATED"}, rows)
@@ -154,14 +154,27 @@ func (o output) snapshot(s *client.Snapshot) error {
 		return o.lines([]string{printable(s.Name)})
 	}
 	return o.fields(
-		[2]string{"Name", s.Name}, [2]string{"Type", s.Type}, [2]string{"vCPUs", strconv.Itoa(s.VCPUs)},
+		[2]string{"Name", s.Name}, [2]string{"Type", s.Type}, [2]string{"vCPUs", vcpus(s.VCPUs)},
 		[2]string{"Memory", mib(s.MemoryMB)}, [2]string{"Size", size(s.SizeBytes)},
 		[2]string{"Generation", strconv.FormatInt(s.Generation, 10)}, [2]string{"Parent", s.Parent},
 		[2]string{"Created", stamp(s.CreatedAt)},
 	)
 }
 
-func mib(n int) string { return strconv.Itoa(n) + " MiB" }
+// mib and vcpus print nothing for 0: a base template fixes neither.
+func mib(n int) string {
+	if n == 0 {
+		return ""
+	}
+	return strconv.Itoa(n) + " MiB"
+}
+
+func vcpus(n int) string {
+	if n == 0 {
+		return ""
+	}
+	return strconv.Itoa(n)
+}
 
 func stamp(t time.Time) string {
 	if t.IsZero() {
