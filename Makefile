@@ -37,7 +37,7 @@ lint: ## Is it in order? (formatting, vet)
 	$(GO) vet ./...
 
 generate: ## Is the generated code up to date? (needs the network, writes internal/gen)
-	$(GO) run github.com/bufbuild/buf/cmd/buf@v1.61.0 generate
+	$(GO) run github.com/bufbuild/buf/cmd/buf@v1.75.0 generate
 
 clean: ## How do I get rid of what was built? (binaries and the development state)
 	rm -rf bin

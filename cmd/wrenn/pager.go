@@ -35,7 +35,7 @@ func newPagerCmd() *cobra.Command {
 			if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 				return fmt.Errorf("another pager serves %s", dir)
 			}
-			store, err := snapshot.Open(filepath.Join(dir, "store"), snapshot.Options{Logger: log})
+			store, err := snapshot.Open(filepath.Join(dir, "store"), snapshot.Options{ReadOnly: true, Logger: log})
 			if err != nil {
 				return fmt.Errorf("open the snapshot store: %w", err)
 			}

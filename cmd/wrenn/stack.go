@@ -72,20 +72,16 @@ func newStack(ctx context.Context, o upOptions, log *slog.Logger, w io.Writer) (
 	return s, s.openControl(ctx, o, client)
 }
 
-// lockDir refuses a second server on one state directory.
+// lockDir makes the state directory and refuses a second server on it.
 func (s *stack) lockDir(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make the state directory: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return fmt.Errorf("open the state directory's lock: %w", err)
+	f, err := lockState(dir)
+	if err == nil {
+		s.push(f.Close)
 	}
-	s.push(f.Close)
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("another wrenn server has the state directory %s; end it, or choose another with --dir", dir)
-	}
-	return nil
+	return err
 }
 
 // openHost starts what runs VMs: network, pager, engine.
@@ -183,7 +179,7 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 		}
 	}()
 	s.push(func() error { cancel(); wg.Wait(); return nil })
-	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log, Version: version()})
+	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log})
 	return nil
 }
 

@@ -3,23 +3,20 @@ package engine
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"os"
-	"path/filepath"
 	"time"
 
+	"connectrpc.com/connect"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
-	"git.omukk.dev/wrenn/sandbox/snapshot/block"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
-	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 	"git.omukk.dev/wrenn/sandbox/snapshot/uffd"
 )
 
@@ -28,42 +25,77 @@ import (
 // caches are part of the captured memory anyway.
 const guestSyncLimit = 5 * time.Second
 
+// captured is what a capture made and committed.
+type captured struct {
+	manifest snapshot.Manifest
+	stats    Stats
+}
+
 // capture freezes the VM of sb and commits its whole state as one manifest.
 // The VM is stopped on return if the capture succeeded; if it failed, the VM
 // runs again and the store holds nothing new.
-func (e *Engine) capture(ctx context.Context, sb *sandbox, r *run, txn *snapshot.Txn, m snapshot.Manifest, ph *phases) (out snapshot.Manifest, st Stats, err error) {
-	done := ph.part("guest_sync")
-	sctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
-	if serr := r.guest.sync(sctx); serr != nil {
-		m.GuestSynced = false
-		e.log.Warn("the guest did not write its caches before the capture", "sandbox", sb.id(), "err", serr)
-	} else {
-		m.GuestSynced = true
-	}
-	cancel()
-	done()
-
+func (e *Engine) capture(ctx context.Context, sb *sandbox, r *run, txn *snapshot.Txn, m snapshot.Manifest, ph *phases) (out captured, err error) {
+	e.guestSync(ctx, sb, r, ph)
+	var c closer
+	c.push(func(context.Context) error { return txn.Abort() })
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, txn.Abort(), r.machine.Continue(context.WithoutCancel(ctx)))
+			err = errors.Join(err, c.close(ctx))
 		}
 	}()
-	done = ph.part("vm_stop")
+	c.push(r.machine.Continue)
+	done := ph.part("vm_stop")
 	err = r.machine.Pause(ctx)
 	done()
 	if err != nil {
-		return m, st, fmt.Errorf("stop the VM: %w", err)
+		return out, fmt.Errorf("stop the VM: %w", err)
 	}
+	memory, disk, err := e.captureParts(ctx, sb, r, txn, ph, &c)
+	if err != nil {
+		return out, err
+	}
+	defer ph.part("commit")()
+	m.Memory.ID, m.Disk.ID = memory.ID(), disk.ID()
+	if err = txn.Commit(ctx, m); err != nil {
+		return out, fmt.Errorf("commit the manifest: %w", err)
+	}
+	out.stats.MemoryBytes, out.stats.DiskBytes = memory.BytesWritten(), disk.BytesWritten()
+	if out.manifest, err = e.opts.Store.Manifest(txn.ID()); err != nil {
+		return out, fmt.Errorf("read the manifest back: %w", err)
+	}
+	out.stats.StateBytes = out.manifest.State.Size
+	return out, nil
+}
+
+// guestSync has the guest write its caches to the disk.
+func (e *Engine) guestSync(ctx context.Context, sb *sandbox, r *run, ph *phases) {
+	defer ph.part("guest_sync")()
+	ctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
+	defer cancel()
+	if err := r.guest.sync(ctx); err != nil {
+		e.log.Warn("the guest did not write its caches before the capture", "sandbox", sb.id(), "err", err)
+	}
+}
+
+// captureParts writes device state, memory and disk, side by side. What it
+// made is undone through c.
+func (e *Engine) captureParts(ctx context.Context, sb *sandbox, r *run, txn *snapshot.Txn, ph *phases, c *closer) (memory, disk *snapshot.Writer, err error) {
 	j := sb.journal()
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() (err error) {
+	g.Go(func() error {
 		defer ph.part("device_state")()
-		m.State, err = saveState(gctx, r.machine, txn)
-		return err
+		f, err := txn.StateFile()
+		if err != nil {
+			return fmt.Errorf("create the device state: %w", err)
+		}
+		if err := r.machine.SaveState(gctx, f); err != nil {
+			return fmt.Errorf("save the device state: %w", err)
+		}
+		return nil
 	})
 	g.Go(func() (err error) {
 		defer ph.part("memory")()
-		m.Memory, err = e.captureMemory(gctx, r.machine, j)
+		memory, err = e.captureMemory(gctx, r.machine, j)
 		if err != nil {
 			return fmt.Errorf("capture the memory: %w", err)
 		}
@@ -71,98 +103,58 @@ func (e *Engine) capture(ctx context.Context, sb *sandbox, r *run, txn *snapshot
 	})
 	g.Go(func() (err error) {
 		defer ph.part("disk")()
-		m.Disk, err = e.captureDisk(gctx, sb, *j.Run)
+		disk, err = e.captureDisk(gctx, sb, *j.Run)
 		if err != nil {
 			return fmt.Errorf("capture the disk: %w", err)
 		}
 		return nil
 	})
-	if err = g.Wait(); err != nil {
-		return m, st, err
+	err = g.Wait()
+	for _, w := range []*snapshot.Writer{memory, disk} {
+		if w != nil {
+			c.push(func(context.Context) error { return w.Abort() })
+		}
 	}
-	m.Size = m.Memory.Size + m.Disk.Size + m.State.Size
-	defer ph.part("commit")()
-	if err = txn.Commit(ctx, m); err != nil {
-		return m, st, fmt.Errorf("commit the manifest: %w", err)
-	}
-	st.MemoryBytes, st.DiskBytes, st.StateBytes = m.Memory.Size, m.Disk.Size, m.State.Size
-	return m, st, nil
-}
-
-// saveState writes the VMM's device state into the transaction.
-func saveState(ctx context.Context, m vmm.Machine, txn *snapshot.Txn) (snapshot.FileRef, error) {
-	f, err := txn.StateFile()
-	if err != nil {
-		return snapshot.FileRef{}, fmt.Errorf("create the device state: %w", err)
-	}
-	w := &digestWriter{w: f, h: sha256.New()}
-	if err := m.SaveState(ctx, w); err != nil {
-		return snapshot.FileRef{}, fmt.Errorf("save the device state: %w", err)
-	}
-	return w.ref(), nil
-}
-
-// digestWriter counts and digests what it passes on.
-type digestWriter struct {
-	w io.Writer
-	h hash.Hash
-	n int64
-}
-
-func (d *digestWriter) Write(p []byte) (int, error) {
-	n, err := d.w.Write(p)
-	d.h.Write(p[:n])
-	d.n += int64(n)
-	return n, err
-}
-
-func (d *digestWriter) ref() snapshot.FileRef {
-	return snapshot.FileRef{Size: d.n, SHA256: [32]byte(d.h.Sum(nil))}
+	return memory, disk, err
 }
 
 // captureMemory writes the pages that differ from the newest capture.
-func (e *Engine) captureMemory(ctx context.Context, m vmm.Machine, j journal) (snapshot.ImageRef, error) {
+func (e *Engine) captureMemory(ctx context.Context, m vmm.Machine, j journal) (*snapshot.Writer, error) {
 	size := int64(j.MemoryMB) << 20
 	if j.Run.RAMAddr == 0 {
 		// Booted: the RAM is the VM's own memfd, and what is no hole was written.
 		f, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", m.PID(), m.MemoryFD()), os.O_RDONLY, 0)
 		if err != nil {
-			return snapshot.ImageRef{}, fmt.Errorf("open the guest's memory: %w", err)
+			return nil, fmt.Errorf("open the guest's memory: %w", err)
 		}
 		defer f.Close()
 		scan := func(yield func(off, n int64) error) error { return scanFile(f, size, yield) }
 		return e.writeImage(ctx, size, format.ID{}, j.Run.LastMemory, pagesOf(f, scan))
 	}
 	addr := uintptr(j.Run.RAMAddr)
-	f, closer, err := uffd.ReadMemory(m.PID(), addr)
+	f, err := uffd.ReadMemory(m.PID(), addr)
 	if err != nil {
-		return snapshot.ImageRef{}, fmt.Errorf("open the guest's memory: %w", err)
+		return nil, fmt.Errorf("open the guest's memory: %w", err)
 	}
-	defer closer.Close()
+	defer f.Close()
 	scan := func(yield func(off, n int64) error) error { return uffd.ScanDirty(m.PID(), addr, size, yield) }
 	return e.writeImage(ctx, size, j.Run.MemoryImage, j.Run.LastMemory, pagesOf(f, scan))
 }
 
-// captureDisk writes what the overlay holds over the newest capture.
-func (e *Engine) captureDisk(ctx context.Context, sb *sandbox, rec runRecord) (snapshot.ImageRef, error) {
+// captureDisk writes what the overlay holds over the newest capture. The
+// overlay is the pager's alone, so the pager reads it for us.
+func (e *Engine) captureDisk(ctx context.Context, sb *sandbox, rec runRecord) (*snapshot.Writer, error) {
 	base, err := e.opts.Store.OpenImage(rec.DiskImage)
 	if err != nil {
-		return snapshot.ImageRef{}, err
+		return nil, err
 	}
 	defer base.Close()
-	// The pager has it open too. It is quiet: the VM is stopped and all that
-	// it wrote is acknowledged, which means it is in the files.
-	overlay, err := block.OpenOverlay(storage.OS(), sb.path(overlayName), base)
-	if err != nil {
-		return snapshot.ImageRef{}, fmt.Errorf("open the overlay: %w", err)
-	}
-	defer overlay.Close()
 	last := rec.LastDisk
 	if last == (format.ID{}) {
 		last = rec.DiskImage
 	}
 	return e.writeImage(ctx, base.Size(), rec.DiskImage, last, func(yield func(change) error) error {
-		return overlayChanges(overlay, yield)
+		return e.overlayChanges(ctx, sb, yield)
 	})
 }
 
@@ -199,18 +191,22 @@ func readRun(r io.ReaderAt, off, n int64, buf []byte, yield func(change) error) 
 	return nil
 }
 
-func overlayChanges(o *block.Overlay, yield func(change) error) error {
-	buf := make([]byte, chunk)
-	var err error
-	o.Dirty(func(off, n int64, kind format.Kind) bool {
-		if kind == format.Zero {
-			err = yield(change{off: off, zero: n})
-		} else {
-			err = readRun(o, off, n, buf, yield)
+func (e *Engine) overlayChanges(ctx context.Context, sb *sandbox, yield func(change) error) error {
+	stream, err := e.opts.Pager.ReadDisk(ctx, connect.NewRequest(&pagerv1.ReadDiskRequest{SandboxId: sb.id()}))
+	if err != nil {
+		return fmt.Errorf("read the overlay: %w", err)
+	}
+	defer stream.Close()
+	for stream.Receive() {
+		m := stream.Msg()
+		if err := yield(change{off: m.Offset, zero: m.Zeros, data: m.Data}); err != nil {
+			return err
 		}
-		return err == nil
-	})
-	return err
+	}
+	if err := stream.Err(); err != nil {
+		return fmt.Errorf("read the overlay: %w", err)
+	}
+	return nil
 }
 
 // scanFile yields the runs of a sparse file that are no holes.
@@ -238,18 +234,18 @@ func scanFile(f *os.File, size int64, yield func(off, n int64) error) error {
 // writeImage makes an image of the changes over last. The changes are those
 // since mapped, the image that the VM started from: where a capture came
 // between, blocks that have not changed since then are left out.
-func (e *Engine) writeImage(ctx context.Context, size int64, mapped, last format.ID, changes func(func(change) error) error) (ref snapshot.ImageRef, err error) {
+func (e *Engine) writeImage(ctx context.Context, size int64, mapped, last format.ID, changes func(func(change) error) error) (_ *snapshot.Writer, err error) {
 	var parent *snapshot.Image
 	if last != (format.ID{}) {
 		parent, err = e.opts.Store.OpenImage(last)
 		if err != nil {
-			return ref, fmt.Errorf("open the newest capture: %w", err)
+			return nil, fmt.Errorf("open the newest capture: %w", err)
 		}
 		defer parent.Close()
 	}
 	w, err := e.opts.Store.NewImage(size, parent)
 	if err != nil {
-		return ref, err
+		return nil, err
 	}
 	put := func(c change) error {
 		if c.zero > 0 {
@@ -266,14 +262,13 @@ func (e *Engine) writeImage(ctx context.Context, size int64, mapped, last format
 		}
 		return put(c)
 	})
-	if err != nil {
-		return ref, errors.Join(err, w.Abort())
+	if err == nil {
+		_, err = w.Finish(ctx)
 	}
-	id, err := w.Finish(ctx)
 	if err != nil {
-		return ref, errors.Join(err, w.Abort())
+		return nil, errors.Join(err, w.Abort())
 	}
-	return snapshot.ImageRef{ID: id, Size: w.BytesWritten()}, nil
+	return w, nil
 }
 
 // skipEqual passes on only the blocks that differ from parent.
@@ -301,19 +296,6 @@ func skipEqual(parent *snapshot.Image, put func(change) error) func(change) erro
 		}
 		return nil
 	}
-}
-
-// snapshotOverlayRemove removes an overlay's files.
-func snapshotOverlayRemove(path string) error {
-	files, err := filepath.Glob(path + ".*")
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, f := range files {
-		errs = append(errs, os.Remove(f))
-	}
-	return errors.Join(errs...)
 }
 
 // vmmInfo and infoOf translate between what a driver found and what a

@@ -130,3 +130,36 @@ func syncDir(dir string) error {
 	defer d.Close()
 	return d.Sync()
 }
+
+// roots are the images that a run needs, whether or not a manifest does.
+func (j journal) roots() []format.ID {
+	if j.Run == nil {
+		return nil
+	}
+	var out []format.ID
+	for _, id := range []format.ID{j.Run.MemoryImage, j.Run.DiskImage, j.Run.LastMemory, j.Run.LastDisk} {
+		if !id.IsZero() {
+			out = append(out, id)
+		}
+	}
+	return out
+}
+
+// Roots returns the images that the sandboxes of a state directory run on, for
+// cleaning its store while no engine has it. A journal that cannot be read is
+// an error: what it needs is not known.
+func Roots(dir string) ([]format.ID, error) {
+	entries, err := os.ReadDir(filepath.Join(dir, "sandboxes"))
+	if err != nil {
+		return nil, fmt.Errorf("list the sandboxes: %w", err)
+	}
+	var out []format.ID
+	for _, e := range entries {
+		j, err := readJournal(filepath.Join(dir, "sandboxes", e.Name()))
+		if err != nil {
+			return nil, fmt.Errorf("sandbox %s: %w", e.Name(), err)
+		}
+		out = append(out, j.roots()...)
+	}
+	return out, nil
+}

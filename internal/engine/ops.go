@@ -160,29 +160,27 @@ func (e *Engine) Pause(ctx context.Context, id string) (Info, Stats, error) {
 	defer sb.end()
 	ph := e.newPhases()
 	e.storeUse.RLock()
-	m, st, err := e.freeze(ctx, sb, snapshot.KindPause, "", ph)
+	c, err := e.freeze(ctx, sb, snapshot.KindPause, "", ph)
 	e.storeUse.RUnlock()
 	if err != nil {
 		return Info{}, Stats{}, fmt.Errorf("pause sandbox %s: %w", id, err)
 	}
 	done := ph.part("release")
-	err = e.finishPause(ctx, sb, m.ID, m.Generation)
+	err = e.finishPause(ctx, sb, c.manifest.ID, c.manifest.Generation)
 	done()
 	if err != nil {
 		// The state is safe; what stayed behind is the next start's to clear.
 		e.log.Error("not everything of a paused VM could be released", "sandbox", id, "err", err)
 	}
-	total := ph.stats()
-	total.MemoryBytes, total.DiskBytes, total.StateBytes = st.MemoryBytes, st.DiskBytes, st.StateBytes
-	return sb.info(), total, nil
+	return sb.info(), ph.statsWith(c.stats), nil
 }
 
 // freeze captures a running sandbox into a manifest of that kind. For a pause
 // the journal says so, for a snapshot the sandbox stays running in it.
-func (e *Engine) freeze(ctx context.Context, sb *sandbox, kind snapshot.Kind, name string, ph *phases) (snapshot.Manifest, Stats, error) {
+func (e *Engine) freeze(ctx context.Context, sb *sandbox, kind string, name string, ph *phases) (captured, error) {
 	txn, err := e.opts.Store.Begin()
 	if err != nil {
-		return snapshot.Manifest{}, Stats{}, fmt.Errorf("begin a manifest: %w", err)
+		return captured{}, fmt.Errorf("begin a manifest: %w", err)
 	}
 	j := sb.journal()
 	err = sb.update(func(j *journal) {
@@ -192,18 +190,18 @@ func (e *Engine) freeze(ctx context.Context, sb *sandbox, kind snapshot.Kind, na
 		}
 	})
 	if err != nil {
-		return snapshot.Manifest{}, Stats{}, errors.Join(err, txn.Abort())
+		return captured{}, errors.Join(err, txn.Abort())
 	}
 	m := snapshot.Manifest{
 		Name: name, Kind: kind, SandboxID: j.ID, Parent: j.Template, Generation: j.Generation + 1,
 		CreatedAt: e.opts.Now().UTC(), VMM: vmmInfo(e.info, "", j), EnvdVersion: "", NetworkLayout: networkLayout,
 		Annotations: j.Annotations,
 	}
-	m, st, err := e.capture(ctx, sb, sb.current(), txn, m, ph)
+	c, err := e.capture(ctx, sb, sb.current(), txn, m, ph)
 	if err != nil {
-		return m, st, errors.Join(err, sb.update(func(j *journal) { j.State, j.Pending = Running, format.ID{} }))
+		return c, errors.Join(err, sb.update(func(j *journal) { j.State, j.Pending = Running, format.ID{} }))
 	}
-	return m, st, nil
+	return c, nil
 }
 
 // finishPause is what remains once the manifest is committed. It can be run
@@ -345,14 +343,12 @@ func (e *Engine) Snapshot(ctx context.Context, id, name string) (snapshot.Manife
 	if sb.info().State == Paused {
 		freeze = e.snapshotPaused
 	}
-	m, st, err := freeze(ctx, sb, name, ph)
-	e.settleName(name, m.ID, err == nil)
+	c, err := freeze(ctx, sb, name, ph)
+	e.settleName(name, c.manifest.ID, err == nil)
 	if err != nil {
-		return m, st, fmt.Errorf("snapshot sandbox %s as %q: %w", id, name, err)
+		return c.manifest, c.stats, fmt.Errorf("snapshot sandbox %s as %q: %w", id, name, err)
 	}
-	total := ph.stats()
-	total.MemoryBytes, total.DiskBytes, total.StateBytes = st.MemoryBytes, st.DiskBytes, st.StateBytes
-	return m, total, nil
+	return c.manifest, ph.statsWith(c.stats), nil
 }
 
 // reserve takes a name until settleName says what became of it.
@@ -377,15 +373,15 @@ func (e *Engine) settleName(name string, id format.ID, ok bool) {
 	}
 }
 
-func (e *Engine) snapshotRunning(ctx context.Context, sb *sandbox, name string, ph *phases) (snapshot.Manifest, Stats, error) {
-	m, st, err := e.freeze(ctx, sb, snapshot.KindSnapshot, name, ph)
+func (e *Engine) snapshotRunning(ctx context.Context, sb *sandbox, name string, ph *phases) (captured, error) {
+	c, err := e.freeze(ctx, sb, snapshot.KindSnapshot, name, ph)
 	if err != nil {
-		return m, st, err
+		return c, err
 	}
 	// The snapshot exists from here on, whatever becomes of the source.
 	err = sb.update(func(j *journal) {
-		j.Pending, j.Generation = format.ID{}, m.Generation
-		j.Run.LastMemory, j.Run.LastDisk = m.Memory.ID, m.Disk.ID
+		j.Pending, j.Generation = format.ID{}, c.manifest.Generation
+		j.Run.LastMemory, j.Run.LastDisk = c.manifest.Memory.ID, c.manifest.Disk.ID
 	})
 	if err != nil {
 		e.log.Error("the journal misses a snapshot; the next capture writes more than it must", "sandbox", sb.id(), "err", err)
@@ -394,7 +390,7 @@ func (e *Engine) snapshotRunning(ctx context.Context, sb *sandbox, name string, 
 	r := sb.current()
 	if err := r.machine.Continue(ctx); err != nil {
 		e.log.Error("the source of a snapshot does not go on", "sandbox", sb.id(), "err", err)
-		return m, st, nil
+		return c, nil
 	}
 	// The guest stood still meanwhile: set its clock. It is the same
 	// individual in the same life, so nothing else changes.
@@ -403,29 +399,36 @@ func (e *Engine) snapshotRunning(ctx context.Context, sb *sandbox, name string, 
 	if _, err := r.guest.confirm(cctx, r.machine.Done(), e.initRequest(sb, sb.journal().Run.Life, false), e.opts.Now); err != nil {
 		e.log.Warn("the clock of a snapshot's source may be behind", "sandbox", sb.id(), "err", err)
 	}
-	return m, st, nil
+	return c, nil
 }
 
 // snapshotPaused gives a pause's images a second manifest; only the device
 // state is copied.
-func (e *Engine) snapshotPaused(ctx context.Context, sb *sandbox, name string, ph *phases) (snapshot.Manifest, Stats, error) {
+func (e *Engine) snapshotPaused(ctx context.Context, sb *sandbox, name string, ph *phases) (c captured, err error) {
 	defer ph.part("commit")()
 	m, err := e.opts.Store.Manifest(sb.journal().Manifest)
 	if err != nil {
-		return m, Stats{}, err
+		return c, fmt.Errorf("read the pause's manifest: %w", err)
 	}
 	txn, err := e.opts.Store.Begin()
 	if err != nil {
-		return m, Stats{}, err
+		return c, fmt.Errorf("begin a manifest: %w", err)
 	}
-	if err := copyState(e.opts.Store.StatePath(m.ID), txn); err != nil {
-		return m, Stats{}, errors.Join(err, txn.Abort())
+	defer func() { err = errors.Join(err, txn.Abort()) }() // does nothing after the commit
+	path, err := e.opts.Store.StatePath(m.ID)
+	if err == nil {
+		err = copyState(path, txn)
 	}
-	m.ID, m.Name, m.Kind, m.CreatedAt = txn.ID(), name, snapshot.KindSnapshot, e.opts.Now().UTC()
+	if err != nil {
+		return c, err
+	}
+	m.Name, m.Kind, m.CreatedAt = name, snapshot.KindSnapshot, e.opts.Now().UTC()
 	if err := txn.Commit(ctx, m); err != nil {
-		return m, Stats{}, errors.Join(err, txn.Abort())
+		return c, fmt.Errorf("commit the manifest: %w", err)
 	}
-	return m, Stats{StateBytes: m.State.Size}, nil
+	c.manifest, err = e.opts.Store.Manifest(txn.ID())
+	c.stats.StateBytes = m.State.Size
+	return c, err
 }
 
 func copyState(path string, txn *snapshot.Txn) error {

@@ -12,6 +12,7 @@ import (
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
 
@@ -54,7 +55,25 @@ func (e *Engine) recover(ctx context.Context) error {
 		return err
 	}
 	e.releaseStrangers(ctx)
-	return e.sweep(ctx)
+	return errors.Join(e.dropSuperseded(ctx), e.sweep(ctx))
+}
+
+// dropSuperseded removes the pauses that a crash left beside the newer one of
+// the same sandbox. A pause whose sandbox is not known is kept: it may be all
+// that is left of it.
+func (e *Engine) dropSuperseded(ctx context.Context) error {
+	manifests, _ := e.opts.Store.Manifests() // damaged ones were logged
+	var errs []error
+	for _, m := range manifests {
+		sb := e.sandboxes[m.SandboxID]
+		if m.Kind != snapshot.KindPause || sb == nil {
+			continue
+		}
+		if j := sb.journal(); j.Manifest != m.ID && j.Pending != m.ID {
+			errs = append(errs, e.opts.Store.Delete(ctx, m.ID))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // recoverOne settles one sandbox by the state that its journal names.
@@ -228,18 +247,10 @@ func (e *Engine) sweep(ctx context.Context) error {
 	var roots []format.ID
 	e.mu.Lock()
 	for _, sb := range e.sandboxes {
-		if r := sb.journal().Run; r != nil {
-			roots = append(roots, r.MemoryImage, r.DiskImage, r.LastMemory, r.LastDisk)
-		}
+		roots = append(roots, sb.journal().roots()...)
 	}
 	e.mu.Unlock()
-	live := roots[:0]
-	for _, id := range roots {
-		if id != (format.ID{}) {
-			live = append(live, id)
-		}
-	}
-	if _, err := e.opts.Store.GC(ctx, live, false); err != nil {
+	if _, err := e.opts.Store.GC(ctx, roots, false); err != nil {
 		return fmt.Errorf("free unused blocks: %w", err)
 	}
 	return nil

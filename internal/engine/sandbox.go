@@ -156,3 +156,10 @@ func (p *phases) stats() Stats {
 	defer p.mu.Unlock()
 	return Stats{Duration: p.now().Sub(p.start), Phases: p.parts}
 }
+
+// statsWith adds what was written.
+func (p *phases) statsWith(written Stats) Stats {
+	s := p.stats()
+	s.MemoryBytes, s.DiskBytes, s.StateBytes = written.MemoryBytes, written.DiskBytes, written.StateBytes
+	return s
+}

@@ -15,7 +15,9 @@ import (
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
+	"git.omukk.dev/wrenn/sandbox/snapshot/block"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 // The guest's side of the network is the same in every sandbox: snapshots
@@ -147,9 +149,13 @@ func (e *Engine) startMachine(ctx context.Context, sb *sandbox, src source, slot
 		c.push(m.Kill)
 		return m, nil
 	}
+	state, err := e.opts.Store.StatePath(src.manifest.ID)
+	if err != nil {
+		return nil, fmt.Errorf("check the device state: %w", err)
+	}
 	m, err := e.opts.Driver.Restore(ctx, vmm.RestoreArgs{
 		HostArgs: host,
-		State:    vmm.State{Spec: spec, Info: infoOf(src.manifest.VMM), File: e.opts.Store.StatePath(src.manifest.ID)},
+		State:    vmm.State{Spec: spec, Info: infoOf(src.manifest.VMM), File: state},
 		Attach: func(ctx context.Context, pid int) error {
 			defer ph.part("attach")()
 			r, err := e.opts.Pager.AttachMemory(ctx, connect.NewRequest(&pagerv1.AttachMemoryRequest{SandboxId: sb.id(), Pid: int32(pid)}))
@@ -242,7 +248,7 @@ func (e *Engine) stopServing(ctx context.Context, sb *sandbox) error {
 	if derr != nil {
 		return errors.Join(err, fmt.Errorf("stop the disk: %w", derr))
 	}
-	return errors.Join(err, snapshotOverlayRemove(sb.path(overlayName)))
+	return errors.Join(err, block.RemoveOverlay(storage.OS{}, sb.path(overlayName)))
 }
 
 // confirm makes the guest say that it is the individual of this life.

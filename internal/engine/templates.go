@@ -76,10 +76,12 @@ func (e *Engine) importDisk(ctx context.Context, b BaseFiles, progress func(done
 		}
 		old = id
 	}
-	ref, err := e.readRootfs(ctx, b.Rootfs, progress)
+	image, err := e.readRootfs(ctx, b.Rootfs, progress)
 	if err != nil {
 		return old, disk, err
 	}
+	// After the commit Abort leaves what the manifest names.
+	defer func() { err = errors.Join(err, image.Abort()) }()
 	note, err := json.Marshal(baseNote{Digest: b.Digest})
 	if err != nil {
 		return old, disk, err
@@ -88,30 +90,31 @@ func (e *Engine) importDisk(ctx context.Context, b BaseFiles, progress func(done
 	if err != nil {
 		return old, disk, err
 	}
+	defer func() { err = errors.Join(err, txn.Abort()) }()
 	m := snapshot.Manifest{
-		Name: b.Name, Kind: snapshot.KindBase, CreatedAt: e.opts.Now().UTC(), Disk: ref, Size: ref.Size,
+		Name: b.Name, Kind: snapshot.KindBase, CreatedAt: e.opts.Now().UTC(), Disk: snapshot.ImageRef{ID: image.ID()},
 		VMM: snapshot.VMMInfo{KernelDigest: b.KernelDigest}, Annotations: note,
 	}
 	if err := txn.Commit(ctx, m); err != nil {
-		return old, disk, errors.Join(err, txn.Abort())
+		return old, disk, err
 	}
 	e.settleName(b.Name, txn.ID(), true)
-	return old, ref.ID, nil
+	return old, image.ID(), nil
 }
 
-func (e *Engine) readRootfs(ctx context.Context, path string, progress func(done, total int64)) (snapshot.ImageRef, error) {
+func (e *Engine) readRootfs(ctx context.Context, path string, progress func(done, total int64)) (*snapshot.Writer, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return snapshot.ImageRef{}, fmt.Errorf("open the disk image: %w", err)
+		return nil, fmt.Errorf("open the disk image: %w", err)
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return snapshot.ImageRef{}, err
+		return nil, err
 	}
 	size := st.Size()
 	if size == 0 || size%format.BlockSize != 0 {
-		return snapshot.ImageRef{}, fmt.Errorf("the disk image has %d bytes; want a multiple of %d", size, format.BlockSize)
+		return nil, fmt.Errorf("the disk image has %d bytes; want a multiple of %d", size, format.BlockSize)
 	}
 	changes := pagesOf(f, func(yield func(off, n int64) error) error { return scanFile(f, size, yield) })
 	return e.writeImage(ctx, size, format.ID{}, format.ID{}, func(yield func(change) error) error {

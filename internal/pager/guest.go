@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -199,6 +200,42 @@ func (s *Server) ServeDisk(_ context.Context, req *connect.Request[pagerv1.Serve
 	return connect.NewResponse(&pagerv1.ServeDiskResponse{Size: g.disk.overlay.Size()}), nil
 }
 
+// readChunk is the size of one message of ReadDisk.
+const readChunk = 1 << 20
+
+// ReadDisk implements pager.v1.
+func (s *Server) ReadDisk(ctx context.Context, req *connect.Request[pagerv1.ReadDiskRequest], stream *connect.ServerStream[pagerv1.ReadDiskResponse]) error {
+	id := req.Msg.SandboxId
+	g, err := s.guestFor(id)
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.disk == nil {
+		return errors.Join(connect.NewError(connect.CodeNotFound, fmt.Errorf("sandbox %s has no disk here", id)), s.settle(id, g))
+	}
+	buf := make([]byte, readChunk)
+	g.disk.overlay.Dirty(func(off, n int64, kind format.Kind) bool {
+		if kind == format.Zero {
+			err = stream.Send(&pagerv1.ReadDiskResponse{Offset: off, Zeros: n})
+			return err == nil
+		}
+		for n > 0 && err == nil {
+			p := buf[:min(n, readChunk)]
+			if _, err = g.disk.overlay.ReadAt(p, off); err == nil || errors.Is(err, io.EOF) {
+				err = stream.Send(&pagerv1.ReadDiskResponse{Offset: off, Data: p})
+			}
+			off, n = off+int64(len(p)), n-int64(len(p))
+		}
+		return err == nil
+	})
+	if err != nil {
+		return wireError(fmt.Errorf("read the overlay: %w", err))
+	}
+	return nil
+}
+
 // StopDisk implements pager.v1.
 func (s *Server) StopDisk(_ context.Context, req *connect.Request[pagerv1.StopDiskRequest]) (*connect.Response[pagerv1.StopDiskResponse], error) {
 	g, err := s.guestFor(req.Msg.SandboxId)
@@ -222,7 +259,7 @@ func openDisk(store *snapshot.Store, rec diskRecord, log *slog.Logger) (*disk, e
 	if err != nil {
 		return nil, fmt.Errorf("open disk image %s: %w", rec.ImageID, err)
 	}
-	overlay, err := block.OpenOverlay(storage.OS(), rec.OverlayPath, img)
+	overlay, err := block.OpenOverlay(storage.OS{}, rec.OverlayPath, img)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open the overlay: %w", err), img.Close())
 	}

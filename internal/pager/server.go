@@ -165,7 +165,7 @@ func (s *Server) GetStats(_ context.Context, req *connect.Request[pagerv1.GetSta
 		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("sandbox %q is not served here", id))
 	}
 	out := &pagerv1.GetStatsResponse{Fatal: fatal}
-	if st, ok := s.faults.Stats(id); ok {
+	if st, err := s.faults.Stats(id); err == nil {
 		out.Faults, out.BytesFilled, out.ZeroFaults = st.Faults, st.BytesFilled, st.ZeroFaults
 	}
 	if g != nil {
@@ -232,6 +232,6 @@ func (s *Server) Close() error {
 		}
 		g.mu.Unlock()
 	}
-	errs = append(errs, s.faults.Close())
+	s.faults.Close()
 	return errors.Join(errs...)
 }

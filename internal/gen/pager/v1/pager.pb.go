@@ -547,6 +547,111 @@ func (x *ServeDiskResponse) GetSize() int64 {
 	return 0
 }
 
+type ReadDiskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadDiskRequest) Reset() {
+	*x = ReadDiskRequest{}
+	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadDiskRequest) ProtoMessage() {}
+
+func (x *ReadDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadDiskRequest.ProtoReflect.Descriptor instead.
+func (*ReadDiskRequest) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ReadDiskRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+type ReadDiskResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Offset int64                  `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"`
+	// Either data, whole blocks, or the length of a run of zeros.
+	Data          []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	Zeros         int64  `protobuf:"varint,3,opt,name=zeros,proto3" json:"zeros,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadDiskResponse) Reset() {
+	*x = ReadDiskResponse{}
+	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadDiskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadDiskResponse) ProtoMessage() {}
+
+func (x *ReadDiskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadDiskResponse.ProtoReflect.Descriptor instead.
+func (*ReadDiskResponse) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ReadDiskResponse) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *ReadDiskResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *ReadDiskResponse) GetZeros() int64 {
+	if x != nil {
+		return x.Zeros
+	}
+	return 0
+}
+
 type StopDiskRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -556,7 +661,7 @@ type StopDiskRequest struct {
 
 func (x *StopDiskRequest) Reset() {
 	*x = StopDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	mi := &file_pager_v1_pager_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -568,7 +673,7 @@ func (x *StopDiskRequest) String() string {
 func (*StopDiskRequest) ProtoMessage() {}
 
 func (x *StopDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	mi := &file_pager_v1_pager_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -581,7 +686,7 @@ func (x *StopDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopDiskRequest.ProtoReflect.Descriptor instead.
 func (*StopDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{10}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StopDiskRequest) GetSandboxId() string {
@@ -599,7 +704,7 @@ type StopDiskResponse struct {
 
 func (x *StopDiskResponse) Reset() {
 	*x = StopDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	mi := &file_pager_v1_pager_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -611,7 +716,7 @@ func (x *StopDiskResponse) String() string {
 func (*StopDiskResponse) ProtoMessage() {}
 
 func (x *StopDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	mi := &file_pager_v1_pager_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -624,7 +729,7 @@ func (x *StopDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopDiskResponse.ProtoReflect.Descriptor instead.
 func (*StopDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{11}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{13}
 }
 
 type DropImageRequest struct {
@@ -636,7 +741,7 @@ type DropImageRequest struct {
 
 func (x *DropImageRequest) Reset() {
 	*x = DropImageRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[12]
+	mi := &file_pager_v1_pager_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -648,7 +753,7 @@ func (x *DropImageRequest) String() string {
 func (*DropImageRequest) ProtoMessage() {}
 
 func (x *DropImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[12]
+	mi := &file_pager_v1_pager_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -661,7 +766,7 @@ func (x *DropImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropImageRequest.ProtoReflect.Descriptor instead.
 func (*DropImageRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{12}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DropImageRequest) GetImageId() string {
@@ -679,7 +784,7 @@ type DropImageResponse struct {
 
 func (x *DropImageResponse) Reset() {
 	*x = DropImageResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[13]
+	mi := &file_pager_v1_pager_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -691,7 +796,7 @@ func (x *DropImageResponse) String() string {
 func (*DropImageResponse) ProtoMessage() {}
 
 func (x *DropImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[13]
+	mi := &file_pager_v1_pager_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -704,7 +809,7 @@ func (x *DropImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropImageResponse.ProtoReflect.Descriptor instead.
 func (*DropImageResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{13}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{15}
 }
 
 type GetStatsRequest struct {
@@ -716,7 +821,7 @@ type GetStatsRequest struct {
 
 func (x *GetStatsRequest) Reset() {
 	*x = GetStatsRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[14]
+	mi := &file_pager_v1_pager_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -728,7 +833,7 @@ func (x *GetStatsRequest) String() string {
 func (*GetStatsRequest) ProtoMessage() {}
 
 func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[14]
+	mi := &file_pager_v1_pager_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -741,7 +846,7 @@ func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
 func (*GetStatsRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{14}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *GetStatsRequest) GetSandboxId() string {
@@ -768,7 +873,7 @@ type GetStatsResponse struct {
 
 func (x *GetStatsResponse) Reset() {
 	*x = GetStatsResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[15]
+	mi := &file_pager_v1_pager_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -780,7 +885,7 @@ func (x *GetStatsResponse) String() string {
 func (*GetStatsResponse) ProtoMessage() {}
 
 func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[15]
+	mi := &file_pager_v1_pager_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -793,7 +898,7 @@ func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
 func (*GetStatsResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{15}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetStatsResponse) GetFaults() uint64 {
@@ -870,6 +975,13 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"socketPath\"'\n" +
 	"\x11ServeDiskResponse\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x03R\x04size\"0\n" +
+	"\x0fReadDiskRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"T\n" +
+	"\x10ReadDiskResponse\x12\x16\n" +
+	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\x12\x14\n" +
+	"\x05zeros\x18\x03 \x01(\x03R\x05zeros\"0\n" +
 	"\x0fStopDiskRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x12\n" +
@@ -886,13 +998,14 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\vzero_faults\x18\x03 \x01(\x04R\n" +
 	"zeroFaults\x122\n" +
 	"\x15shared_resident_bytes\x18\x04 \x01(\x03R\x13sharedResidentBytes\x12\x14\n" +
-	"\x05fatal\x18\x05 \x01(\tR\x05fatal2\xd9\x04\n" +
+	"\x05fatal\x18\x05 \x01(\tR\x05fatal2\x9e\x05\n" +
 	"\fPagerService\x12D\n" +
 	"\tGetStatus\x12\x1a.pager.v1.GetStatusRequest\x1a\x1b.pager.v1.GetStatusResponse\x12P\n" +
 	"\rPrepareMemory\x12\x1e.pager.v1.PrepareMemoryRequest\x1a\x1f.pager.v1.PrepareMemoryResponse\x12M\n" +
 	"\fAttachMemory\x12\x1d.pager.v1.AttachMemoryRequest\x1a\x1e.pager.v1.AttachMemoryResponse\x12P\n" +
 	"\rReleaseMemory\x12\x1e.pager.v1.ReleaseMemoryRequest\x1a\x1f.pager.v1.ReleaseMemoryResponse\x12D\n" +
-	"\tServeDisk\x12\x1a.pager.v1.ServeDiskRequest\x1a\x1b.pager.v1.ServeDiskResponse\x12A\n" +
+	"\tServeDisk\x12\x1a.pager.v1.ServeDiskRequest\x1a\x1b.pager.v1.ServeDiskResponse\x12C\n" +
+	"\bReadDisk\x12\x19.pager.v1.ReadDiskRequest\x1a\x1a.pager.v1.ReadDiskResponse0\x01\x12A\n" +
 	"\bStopDisk\x12\x19.pager.v1.StopDiskRequest\x1a\x1a.pager.v1.StopDiskResponse\x12D\n" +
 	"\tDropImage\x12\x1a.pager.v1.DropImageRequest\x1a\x1b.pager.v1.DropImageResponse\x12A\n" +
 	"\bGetStats\x12\x19.pager.v1.GetStatsRequest\x1a\x1a.pager.v1.GetStatsResponseB\x96\x01\n" +
@@ -911,7 +1024,7 @@ func file_pager_v1_pager_proto_rawDescGZIP() []byte {
 	return file_pager_v1_pager_proto_rawDescData
 }
 
-var file_pager_v1_pager_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_pager_v1_pager_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_pager_v1_pager_proto_goTypes = []any{
 	(*GetStatusRequest)(nil),      // 0: pager.v1.GetStatusRequest
 	(*GetStatusResponse)(nil),     // 1: pager.v1.GetStatusResponse
@@ -923,12 +1036,14 @@ var file_pager_v1_pager_proto_goTypes = []any{
 	(*ReleaseMemoryResponse)(nil), // 7: pager.v1.ReleaseMemoryResponse
 	(*ServeDiskRequest)(nil),      // 8: pager.v1.ServeDiskRequest
 	(*ServeDiskResponse)(nil),     // 9: pager.v1.ServeDiskResponse
-	(*StopDiskRequest)(nil),       // 10: pager.v1.StopDiskRequest
-	(*StopDiskResponse)(nil),      // 11: pager.v1.StopDiskResponse
-	(*DropImageRequest)(nil),      // 12: pager.v1.DropImageRequest
-	(*DropImageResponse)(nil),     // 13: pager.v1.DropImageResponse
-	(*GetStatsRequest)(nil),       // 14: pager.v1.GetStatsRequest
-	(*GetStatsResponse)(nil),      // 15: pager.v1.GetStatsResponse
+	(*ReadDiskRequest)(nil),       // 10: pager.v1.ReadDiskRequest
+	(*ReadDiskResponse)(nil),      // 11: pager.v1.ReadDiskResponse
+	(*StopDiskRequest)(nil),       // 12: pager.v1.StopDiskRequest
+	(*StopDiskResponse)(nil),      // 13: pager.v1.StopDiskResponse
+	(*DropImageRequest)(nil),      // 14: pager.v1.DropImageRequest
+	(*DropImageResponse)(nil),     // 15: pager.v1.DropImageResponse
+	(*GetStatsRequest)(nil),       // 16: pager.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),      // 17: pager.v1.GetStatsResponse
 }
 var file_pager_v1_pager_proto_depIdxs = []int32{
 	0,  // 0: pager.v1.PagerService.GetStatus:input_type -> pager.v1.GetStatusRequest
@@ -936,19 +1051,21 @@ var file_pager_v1_pager_proto_depIdxs = []int32{
 	4,  // 2: pager.v1.PagerService.AttachMemory:input_type -> pager.v1.AttachMemoryRequest
 	6,  // 3: pager.v1.PagerService.ReleaseMemory:input_type -> pager.v1.ReleaseMemoryRequest
 	8,  // 4: pager.v1.PagerService.ServeDisk:input_type -> pager.v1.ServeDiskRequest
-	10, // 5: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
-	12, // 6: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
-	14, // 7: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
-	1,  // 8: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
-	3,  // 9: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
-	5,  // 10: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
-	7,  // 11: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
-	9,  // 12: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
-	11, // 13: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
-	13, // 14: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
-	15, // 15: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
-	8,  // [8:16] is the sub-list for method output_type
-	0,  // [0:8] is the sub-list for method input_type
+	10, // 5: pager.v1.PagerService.ReadDisk:input_type -> pager.v1.ReadDiskRequest
+	12, // 6: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
+	14, // 7: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
+	16, // 8: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
+	1,  // 9: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
+	3,  // 10: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
+	5,  // 11: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
+	7,  // 12: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
+	9,  // 13: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
+	11, // 14: pager.v1.PagerService.ReadDisk:output_type -> pager.v1.ReadDiskResponse
+	13, // 15: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
+	15, // 16: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
+	17, // 17: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
+	9,  // [9:18] is the sub-list for method output_type
+	0,  // [0:9] is the sub-list for method input_type
 	0,  // [0:0] is the sub-list for extension type_name
 	0,  // [0:0] is the sub-list for extension extendee
 	0,  // [0:0] is the sub-list for field type_name
@@ -965,7 +1082,7 @@ func file_pager_v1_pager_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pager_v1_pager_proto_rawDesc), len(file_pager_v1_pager_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

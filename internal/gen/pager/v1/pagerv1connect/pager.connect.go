@@ -52,6 +52,8 @@ const (
 	PagerServiceReleaseMemoryProcedure = "/pager.v1.PagerService/ReleaseMemory"
 	// PagerServiceServeDiskProcedure is the fully-qualified name of the PagerService's ServeDisk RPC.
 	PagerServiceServeDiskProcedure = "/pager.v1.PagerService/ServeDisk"
+	// PagerServiceReadDiskProcedure is the fully-qualified name of the PagerService's ReadDisk RPC.
+	PagerServiceReadDiskProcedure = "/pager.v1.PagerService/ReadDisk"
 	// PagerServiceStopDiskProcedure is the fully-qualified name of the PagerService's StopDisk RPC.
 	PagerServiceStopDiskProcedure = "/pager.v1.PagerService/StopDisk"
 	// PagerServiceDropImageProcedure is the fully-qualified name of the PagerService's DropImage RPC.
@@ -75,6 +77,9 @@ type PagerServiceClient interface {
 	ReleaseMemory(context.Context, *connect.Request[v1.ReleaseMemoryRequest]) (*connect.Response[v1.ReleaseMemoryResponse], error)
 	// ServeDisk serves a disk image under a copy-on-write overlay by NBD.
 	ServeDisk(context.Context, *connect.Request[v1.ServeDiskRequest]) (*connect.Response[v1.ServeDiskResponse], error)
+	// ReadDisk sends all that the overlay holds over its base, in the order of
+	// offsets. The VM must be stopped, so that it holds still.
+	ReadDisk(context.Context, *connect.Request[v1.ReadDiskRequest]) (*connect.ServerStreamForClient[v1.ReadDiskResponse], error)
 	// StopDisk closes the socket and the overlay; the overlay's files stay.
 	StopDisk(context.Context, *connect.Request[v1.StopDiskRequest]) (*connect.Response[v1.StopDiskResponse], error)
 	// DropImage forgets an image that was kept warm; in use, it stays.
@@ -123,6 +128,12 @@ func NewPagerServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(pagerServiceMethods.ByName("ServeDisk")),
 			connect.WithClientOptions(opts...),
 		),
+		readDisk: connect.NewClient[v1.ReadDiskRequest, v1.ReadDiskResponse](
+			httpClient,
+			baseURL+PagerServiceReadDiskProcedure,
+			connect.WithSchema(pagerServiceMethods.ByName("ReadDisk")),
+			connect.WithClientOptions(opts...),
+		),
 		stopDisk: connect.NewClient[v1.StopDiskRequest, v1.StopDiskResponse](
 			httpClient,
 			baseURL+PagerServiceStopDiskProcedure,
@@ -151,6 +162,7 @@ type pagerServiceClient struct {
 	attachMemory  *connect.Client[v1.AttachMemoryRequest, v1.AttachMemoryResponse]
 	releaseMemory *connect.Client[v1.ReleaseMemoryRequest, v1.ReleaseMemoryResponse]
 	serveDisk     *connect.Client[v1.ServeDiskRequest, v1.ServeDiskResponse]
+	readDisk      *connect.Client[v1.ReadDiskRequest, v1.ReadDiskResponse]
 	stopDisk      *connect.Client[v1.StopDiskRequest, v1.StopDiskResponse]
 	dropImage     *connect.Client[v1.DropImageRequest, v1.DropImageResponse]
 	getStats      *connect.Client[v1.GetStatsRequest, v1.GetStatsResponse]
@@ -179,6 +191,11 @@ func (c *pagerServiceClient) ReleaseMemory(ctx context.Context, req *connect.Req
 // ServeDisk calls pager.v1.PagerService.ServeDisk.
 func (c *pagerServiceClient) ServeDisk(ctx context.Context, req *connect.Request[v1.ServeDiskRequest]) (*connect.Response[v1.ServeDiskResponse], error) {
 	return c.serveDisk.CallUnary(ctx, req)
+}
+
+// ReadDisk calls pager.v1.PagerService.ReadDisk.
+func (c *pagerServiceClient) ReadDisk(ctx context.Context, req *connect.Request[v1.ReadDiskRequest]) (*connect.ServerStreamForClient[v1.ReadDiskResponse], error) {
+	return c.readDisk.CallServerStream(ctx, req)
 }
 
 // StopDisk calls pager.v1.PagerService.StopDisk.
@@ -211,6 +228,9 @@ type PagerServiceHandler interface {
 	ReleaseMemory(context.Context, *connect.Request[v1.ReleaseMemoryRequest]) (*connect.Response[v1.ReleaseMemoryResponse], error)
 	// ServeDisk serves a disk image under a copy-on-write overlay by NBD.
 	ServeDisk(context.Context, *connect.Request[v1.ServeDiskRequest]) (*connect.Response[v1.ServeDiskResponse], error)
+	// ReadDisk sends all that the overlay holds over its base, in the order of
+	// offsets. The VM must be stopped, so that it holds still.
+	ReadDisk(context.Context, *connect.Request[v1.ReadDiskRequest], *connect.ServerStream[v1.ReadDiskResponse]) error
 	// StopDisk closes the socket and the overlay; the overlay's files stay.
 	StopDisk(context.Context, *connect.Request[v1.StopDiskRequest]) (*connect.Response[v1.StopDiskResponse], error)
 	// DropImage forgets an image that was kept warm; in use, it stays.
@@ -255,6 +275,12 @@ func NewPagerServiceHandler(svc PagerServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(pagerServiceMethods.ByName("ServeDisk")),
 		connect.WithHandlerOptions(opts...),
 	)
+	pagerServiceReadDiskHandler := connect.NewServerStreamHandler(
+		PagerServiceReadDiskProcedure,
+		svc.ReadDisk,
+		connect.WithSchema(pagerServiceMethods.ByName("ReadDisk")),
+		connect.WithHandlerOptions(opts...),
+	)
 	pagerServiceStopDiskHandler := connect.NewUnaryHandler(
 		PagerServiceStopDiskProcedure,
 		svc.StopDisk,
@@ -285,6 +311,8 @@ func NewPagerServiceHandler(svc PagerServiceHandler, opts ...connect.HandlerOpti
 			pagerServiceReleaseMemoryHandler.ServeHTTP(w, r)
 		case PagerServiceServeDiskProcedure:
 			pagerServiceServeDiskHandler.ServeHTTP(w, r)
+		case PagerServiceReadDiskProcedure:
+			pagerServiceReadDiskHandler.ServeHTTP(w, r)
 		case PagerServiceStopDiskProcedure:
 			pagerServiceStopDiskHandler.ServeHTTP(w, r)
 		case PagerServiceDropImageProcedure:
@@ -318,6 +346,10 @@ func (UnimplementedPagerServiceHandler) ReleaseMemory(context.Context, *connect.
 
 func (UnimplementedPagerServiceHandler) ServeDisk(context.Context, *connect.Request[v1.ServeDiskRequest]) (*connect.Response[v1.ServeDiskResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("pager.v1.PagerService.ServeDisk is not implemented"))
+}
+
+func (UnimplementedPagerServiceHandler) ReadDisk(context.Context, *connect.Request[v1.ReadDiskRequest], *connect.ServerStream[v1.ReadDiskResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("pager.v1.PagerService.ReadDisk is not implemented"))
 }
 
 func (UnimplementedPagerServiceHandler) StopDisk(context.Context, *connect.Request[v1.StopDiskRequest]) (*connect.Response[v1.StopDiskResponse], error) {
