@@ -21,13 +21,14 @@ type builder struct {
 	ext4       ext4Tools
 	etc        string // the host's /etc
 	now        func() time.Time
+	space      int64 // what the packages stage wants free, in bytes
 }
 
 func newBuilder(o Options) (*builder, error) {
 	if err := o.setDefaults(); err != nil {
 		return nil, err
 	}
-	return &builder{o: o, log: o.Logger, etc: "/etc", now: time.Now}, nil
+	return &builder{o: o, log: o.Logger, etc: "/etc", now: time.Now, space: packagesSpace}, nil
 }
 
 // findTools is not part of newBuilder: a cached template needs no tools.

@@ -35,7 +35,7 @@ func (b *builder) packagesStage(ctx context.Context, lock *os.File) (string, met
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		b.log.Warn("building the packages again: the cached ones are damaged", "error", err)
 	}
-	if err := checkSpace(b.o.Cache, packagesSpace); err != nil {
+	if err := checkSpace(b.o.Cache, b.space); err != nil {
 		return "", meta{}, err
 	}
 	tmp, err := os.MkdirTemp(b.o.Cache, tmpPrefix)
@@ -65,6 +65,9 @@ func (b *builder) buildPackages(ctx context.Context, tmp, key string, lock *os.F
 		}
 	}
 	if err := b.bootstrap(ctx, tmp, root, out, lock); err != nil {
+		return meta{}, err
+	}
+	if err := removeAptCaches(root); err != nil {
 		return meta{}, err
 	}
 	b.progress("making the disk image", 0, 0)
@@ -124,6 +127,21 @@ func (b *builder) bootstrap(ctx context.Context, tmp, root, out string, lock *os
 	}
 	if _, err := cmd.run(ctx); err != nil {
 		return fmt.Errorf("installing Debian's packages: %w", err)
+	}
+	return nil
+}
+
+// removeAptCaches removes what mmdebstrap's last step, after our hook, leaves:
+// apt's caches hold addresses of the process that wrote them.
+func removeAptCaches(root string) error {
+	caches, err := filepath.Glob(filepath.Join(root, "var/cache/apt/*.bin"))
+	if err != nil {
+		return err
+	}
+	for _, c := range caches {
+		if err := os.Remove(c); err != nil {
+			return fmt.Errorf("removing apt's cache: %w", err)
+		}
 	}
 	return nil
 }

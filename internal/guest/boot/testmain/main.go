@@ -1,11 +1,13 @@
 // Command testmain stands in for envd where boot is tested: the same modes, and
-// a service that answers /health and nothing else.
+// a service that answers /health and, on /run, runs the request's body as a
+// script of the user named by ?user=.
 package main
 
 import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 
 	"git.omukk.dev/wrenn/sandbox/internal/guest/boot"
@@ -40,6 +42,18 @@ func serve() {
 	}
 	fmt.Printf("testmain serve: up at %s", uptime)
 	http.HandleFunc("/health", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })
+	http.HandleFunc("POST /run", run)
 	fmt.Fprintln(os.Stderr, http.ListenAndServe(":49983", nil))
 	os.Exit(1)
+}
+
+func run(w http.ResponseWriter, r *http.Request) {
+	cmd := exec.CommandContext(r.Context(), "/usr/bin/sudo", "-n", "-u", r.URL.Query().Get("user"), "-i", "/bin/bash", "-s")
+	cmd.Stdin = r.Body
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		w.WriteHeader(http.StatusInternalServerError)
+		out = fmt.Appendf(out, "\n%v\n", err)
+	}
+	w.Write(out)
 }

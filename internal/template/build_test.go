@@ -1,0 +1,502 @@
+package template
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cavaliergopher/cpio"
+	"golang.org/x/sys/unix"
+)
+
+func TestBuildMakesWhatResultSays(t *testing.T) {
+	f := newFixture(t)
+	r := f.build(t)
+	if r.Cached {
+		t.Error("a first build says it was cached")
+	}
+	if r.KernelVersion != testKernel || r.RootfsSize != minDisk || len(r.Digest) != 64 {
+		t.Errorf("result is %+v", r)
+	}
+	if filepath.Dir(r.Rootfs) != filepath.Join(f.o.Dir, r.Digest) {
+		t.Errorf("root file system is at %s, want it in %s", r.Rootfs, r.Digest)
+	}
+	if st, err := os.Stat(r.Rootfs); err != nil || st.Size() != minDisk || st.Mode() != 0o600 {
+		t.Errorf("root file system: %v, %v", st, err)
+	}
+	if used, err := usedBytes(r.Rootfs); err != nil || used > minDisk/2 {
+		t.Errorf("root file system occupies %d bytes (%v), want it sparse", used, err)
+	}
+	if text, err := os.ReadFile(r.Kernel); err != nil || string(text) != "kernel image" {
+		t.Errorf("kernel is %q, %v", text, err)
+	}
+	for path, want := range map[string]string{
+		"/usr/local/bin/envd": "Mode:  0755 User: 0 Group: 0",
+		"/home/user":          "Mode:  0755 User: 1000 Group: 1000",
+		"/":                   "Mode:  0755 User: 0 Group: 0",
+	} {
+		if got := inodeOwner(t, r.Rootfs, path); got != want {
+			t.Errorf("%s is %q, want %q", path, got, want)
+		}
+	}
+	if got := debugfs(t, r.Rootfs, "cat /usr/local/bin/envd"); got != "\x7fELF the guest agent" {
+		t.Errorf("envd in the image is %q", got)
+	}
+	if got := debugfs(t, r.Rootfs, "ls /var/cache/apt"); strings.Contains(got, "pkgcache") {
+		t.Errorf("apt's cache is in the image: %s", got)
+	}
+	f.noRests(t)
+}
+
+// debugfs runs one request on the image.
+func debugfs(t *testing.T, image, request string) string {
+	t.Helper()
+	tool, err := findTool("debugfs")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(tool, "-R", request, image).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+func inodeOwner(t *testing.T, image, path string) string {
+	t.Helper()
+	text := strings.Join(strings.Fields(debugfs(t, image, "stat "+path)), " ")
+	field := func(name string) string {
+		_, after, _ := strings.Cut(text, name+": ")
+		return strings.Fields(after + " ?")[0]
+	}
+	return "Mode:  " + field("Mode") + " User: " + field("User") + " Group: " + field("Group")
+}
+
+func TestInitrdHoldsModulesInLoadOrder(t *testing.T) {
+	f := newFixture(t)
+	r := f.build(t)
+	file, err := os.Open(r.Initrd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	got := map[string]string{}
+	for reader := cpio.NewReader(file); ; {
+		h, err := reader.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := io.ReadAll(reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Mode.IsRegular() {
+			got[h.Name] = string(text)
+		}
+		if h.Name == "init" && h.Mode.Perm() != 0o755 {
+			t.Errorf("/init has mode %o", h.Mode.Perm())
+		}
+	}
+	want := "virtio.ko\nvirtio_mmio.ko\nvirtio_pci_modern_dev.ko pci\nvirtio_pci.ko pci\n" +
+		"virtio_blk.ko\nfailover.ko\nnet_failover.ko\nvirtio_net.ko\n"
+	if got["modules/order"] != want {
+		t.Errorf("order is\n%s, want\n%s", got["modules/order"], want)
+	}
+	for line := range strings.Lines(want) {
+		name := "modules/" + strings.Fields(line)[0]
+		if !strings.HasPrefix(got[name], "\x7fELF") {
+			t.Errorf("%s is %q", name, got[name])
+		}
+	}
+	if got["init"] != "\x7fELF the guest agent" {
+		t.Errorf("/init is %q", got["init"])
+	}
+}
+
+func TestSecondBuildUsesTheCache(t *testing.T) {
+	f := newFixture(t)
+	first := f.build(t)
+	// No tool is needed any more, not even the network's.
+	b := f.builder()
+	b.mmdebstrap = "/does/not/exist"
+	second, err := b.build(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !second.Cached || f.runs(t) != 1 {
+		t.Errorf("cached=%v after %d runs of mmdebstrap", second.Cached, f.runs(t))
+	}
+	second.Cached = false
+	if second != first {
+		t.Errorf("second build is %+v, first was %+v", second, first)
+	}
+}
+
+func TestNewEnvdKeepsThePackages(t *testing.T) {
+	f := newFixture(t)
+	first := f.build(t)
+	f.write(t, "envd", "\x7fELF another agent", 0o755)
+	second := f.build(t)
+	if second.Digest == first.Digest {
+		t.Error("another envd made the same digest")
+	}
+	if n := f.runs(t); n != 1 {
+		t.Errorf("mmdebstrap ran %d times", n)
+	}
+	if got := debugfs(t, second.Rootfs, "cat /usr/local/bin/envd"); got != "\x7fELF another agent" {
+		t.Errorf("envd in the image is %q", got)
+	}
+	if _, err := os.Stat(first.Rootfs); err != nil {
+		t.Errorf("the first template is gone: %v", err)
+	}
+}
+
+func TestRefreshFollowsTheMirror(t *testing.T) {
+	f := newFixture(t)
+	first := f.build(t)
+	f.write(t, "out/packages", "bash 5.3 amd64\n", 0o644)
+	f.o.Refresh = true
+	second := f.build(t)
+	if n := f.runs(t); n != 2 || second.Cached {
+		t.Errorf("mmdebstrap ran %d times, cached=%v", n, second.Cached)
+	}
+	if second.Digest == first.Digest {
+		t.Error("other packages made the same digest")
+	}
+	f.o.Refresh = false
+	if third := f.build(t); third.Digest != second.Digest || !third.Cached {
+		t.Errorf("after the refresh: %+v, want %s cached", third, second.Digest)
+	}
+	f.noRests(t)
+}
+
+func TestSameInputsMakeSameBytes(t *testing.T) {
+	a, b := newFixture(t), newFixture(t)
+	// Only the directories and the clock differ.
+	ra := a.build(t)
+	rb := b.build(t)
+	if ra.Digest != rb.Digest {
+		t.Errorf("digests differ: %s and %s", ra.Digest, rb.Digest)
+	}
+	for _, p := range [][2]string{{ra.Rootfs, rb.Rootfs}, {ra.Initrd, rb.Initrd}, {ra.Kernel, rb.Kernel}} {
+		ta, errA := os.ReadFile(p[0])
+		tb, errB := os.ReadFile(p[1])
+		if err := errors.Join(errA, errB); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(ta, tb) {
+			t.Errorf("%s differs between two builds", filepath.Base(p[0]))
+		}
+	}
+	if got := debugfs(t, ra.Rootfs, "stat /etc/old"); !strings.Contains(got, " mtime: 0x3b9aca00:00000000") {
+		t.Errorf("a package's file lost its time:\n%s", got)
+	}
+	if got := debugfs(t, ra.Rootfs, "stat /etc/new"); !strings.Contains(got, " mtime: 0x6483bd00:00000000") {
+		t.Errorf("a file made by the build has not the epoch's time:\n%s", got)
+	}
+}
+
+func TestTwoBuildsAtOnceBuildOnce(t *testing.T) {
+	f := newFixture(t)
+	f.script(t, "sleep 0.2")
+	var wg sync.WaitGroup
+	results := make([]Result, 3)
+	errs := make([]error, 3)
+	for i := range results {
+		wg.Go(func() { results[i], errs[i] = f.builder().build(t.Context()) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	if n := f.runs(t); n != 1 {
+		t.Errorf("mmdebstrap ran %d times", n)
+	}
+	if results[0].Digest != results[1].Digest || results[1].Digest != results[2].Digest {
+		t.Errorf("different digests: %+v", results)
+	}
+	f.noRests(t)
+}
+
+func TestWaitingForTheLockCanBeCancelled(t *testing.T) {
+	dir := t.TempDir()
+	held, err := lockDir(t.Context(), dir, func() {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	told := 0
+	_, err = lockDir(ctx, dir, func() { told++; cancel() })
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("waiting ended with %v", err)
+	}
+	if told != 1 {
+		t.Errorf("waiting was told %d times", told)
+	}
+}
+
+func TestDamagedCacheIsBuiltAgain(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		damage func(f *fixture, r Result) string // the file to damage
+		runs   int
+	}{
+		{"kernel of the packages", func(f *fixture, _ Result) string { return f.packagesFile(t, kernelName) }, 2},
+		{"disk of the packages", func(f *fixture, _ Result) string { return f.packagesFile(t, rootfsName) }, 2},
+		{"description of the packages", func(f *fixture, _ Result) string { return f.packagesFile(t, metaName) }, 2},
+		{"disk of the template", func(_ *fixture, r Result) string { return r.Rootfs }, 1},
+		{"initrd of the template", func(_ *fixture, r Result) string { return r.Initrd }, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := newFixture(t)
+			first := f.build(t)
+			if err := os.Truncate(c.damage(f, first), 10); err != nil {
+				t.Fatal(err)
+			}
+			second := f.build(t)
+			if second != first {
+				t.Errorf("built %+v, want %+v", second, first)
+			}
+			if n := f.runs(t); n != c.runs {
+				t.Errorf("mmdebstrap ran %d times, want %d", n, c.runs)
+			}
+			if err := second.check(t); err != nil {
+				t.Error(err)
+			}
+			f.noRests(t)
+		})
+	}
+}
+
+func (f *fixture) packagesFile(t *testing.T, name string) string {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(f.o.Cache, "packages-*", name))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("looking for %s: %v, %v", name, found, err)
+	}
+	return found[0]
+}
+
+func (r Result) check(t *testing.T) error {
+	t.Helper()
+	tool, err := findTool("e2fsck")
+	if err != nil {
+		return err
+	}
+	return ext4Tools{e2fsck: tool}.check(t.Context(), r.Rootfs)
+}
+
+func TestFailureNamesTheRemedyAndLeavesNothing(t *testing.T) {
+	for _, c := range []struct{ name, script, want string }{
+		{"unreachable mirror",
+			"echo 'E: Failed to fetch http://x/InRelease  Could not resolve host' >&2; exit 100", "mirror cannot be reached"},
+		{"full disk", "echo 'dpkg: error: No space left on device' >&2; exit 1", "disk is full"},
+		{"unknown keys", "echo 'W: GPG error: NO_PUBKEY 0E98404D386FA1D9' >&2; exit 1", "debian-archive-keyring"},
+		{"incomplete mirror", "echo 'E: Unable to locate package python3' >&2; exit 1", "complete mirror"},
+		{"something else", "echo 'E: boom' >&2; exit 7", "E: boom"},
+		{"no kernel module", "sed -i /virtio_blk/d $fixture/out/modules.dep", "virtio_blk"},
+		{"module is not one", "echo text | tee $fixture/out/kernel/lib/modules/*/kernel/b/virtio_blk.ko", "not an ELF"},
+		{"strange version", "echo ../../x >$fixture/out/version", "not a kernel version"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := newFixture(t)
+			f.script(t, c.script)
+			_, err := f.builder().build(t.Context())
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("error is %v, want it to contain %q", err, c.want)
+			}
+			f.noRests(t)
+		})
+	}
+}
+
+func TestBuildAfterAFailureStartsAfresh(t *testing.T) {
+	f := newFixture(t)
+	f.script(t, "mkdir -p $root/etc; echo half >$root/etc/half; exit 1")
+	if _, err := f.builder().build(t.Context()); err == nil {
+		t.Fatal("the failing build did not fail")
+	}
+	f.script(t, "")
+	r := f.build(t)
+	if got := debugfs(t, r.Rootfs, "ls /etc"); strings.Contains(got, "half") || !strings.Contains(got, "old") {
+		t.Errorf("/etc holds %s", got)
+	}
+}
+
+func TestFullDiskIsSaidBeforeTheWork(t *testing.T) {
+	f := newFixture(t)
+	if err := os.Mkdir(f.o.Cache, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", f.o.Cache, "tmpfs", 0, "size=8m"); err != nil {
+		t.Skipf("a small disk needs the right to mount: %v", err)
+	}
+	defer unix.Unmount(f.o.Cache, unix.MNT_DETACH)
+	b := f.builder()
+	b.space = packagesSpace
+	_, err := b.build(t.Context())
+	if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "8 MiB free") {
+		t.Errorf("error is %v", err)
+	}
+	if f.runs(t) != 0 {
+		t.Error("mmdebstrap ran although the disk is too small")
+	}
+	// With the check out of the way the disk fills up in the middle.
+	b = f.builder()
+	f.script(t, "dd if=/dev/zero of=$root bs=1M count=20")
+	if _, err = b.build(t.Context()); err == nil || !strings.Contains(err.Error(), "disk is full") {
+		t.Errorf("error is %v", err)
+	}
+	f.noRests(t)
+}
+
+// startStuckBuild starts a build in another process and waits until its
+// mmdebstrap is stuck, with something mounted.
+func startStuckBuild(t *testing.T, f *fixture) *exec.Cmd {
+	t.Helper()
+	f.script(t, `mkdir -p $root/proc
+mount -t tmpfs tmpfs $root/proc || true
+sleep 1000 &
+: >$fixture/stuck
+sleep 1000`)
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe)
+	cmd.Env = append(os.Environ(), helperDir+"="+f.dir)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	for range 500 {
+		if _, err := os.Stat(filepath.Join(f.dir, "stuck")); err == nil {
+			return cmd
+		}
+		time.Sleep(10 * time.Millisecond) // another process's progress has no event
+	}
+	t.Fatal("the build did not start mmdebstrap")
+	return nil
+}
+
+// sleepers lists the processes below the fixture's directory's root, by their
+// working directory.
+func (f *fixture) sleepers(t *testing.T) []string {
+	t.Helper()
+	var found []string
+	links, err := filepath.Glob("/proc/[0-9]*/cwd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if cwd, err := os.Readlink(l); err == nil && strings.HasPrefix(cwd, f.o.Cache) {
+			found = append(found, l)
+		}
+	}
+	return found
+}
+
+func TestKilledBuildLeavesNothingThatIsTrusted(t *testing.T) {
+	f := newFixture(t)
+	cmd := startStuckBuild(t, f)
+	if len(f.sleepers(t)) == 0 {
+		t.Fatal("mmdebstrap is not running: the test would prove nothing")
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+	for range 200 {
+		if len(f.sleepers(t)) == 0 {
+			break
+		}
+		time.Sleep(10 * time.Millisecond) // the end of somebody else's child has no event
+	}
+	if rest := f.sleepers(t); len(rest) > 0 {
+		t.Errorf("outlived the build: %v", rest)
+	}
+	mounts, err := mountsBelow(f.dir)
+	if err != nil || len(mounts) > 0 {
+		t.Errorf("mounts outlived the build: %v, %v", mounts, err)
+	}
+	f.script(t, "")
+	f.build(t)
+	f.noRests(t)
+}
+
+func TestCancelledBuildEndsItsChildren(t *testing.T) {
+	f := newFixture(t)
+	f.script(t, "sleep 1000 & echo up >&2; sleep 1000")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	reason := errors.New("the user changed her mind")
+	b := f.builder()
+	b.o.Progress = func(step string, _, _ int64) {
+		if strings.Contains(step, "apt-get update") {
+			cancel(reason)
+		}
+	}
+	start := time.Now()
+	_, err := b.build(ctx)
+	if !errors.Is(err, reason) {
+		t.Errorf("error is %v", err)
+	}
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("cancelling took %v", took)
+	}
+	if rest := f.sleepers(t); len(rest) > 0 {
+		t.Errorf("outlived the build: %v", rest)
+	}
+	f.noRests(t)
+}
+
+func TestSweepUnmountsBeforeItRemoves(t *testing.T) {
+	f := newFixture(t)
+	rest := filepath.Join(f.o.Cache, tmpPrefix+"old", "root", "with space")
+	if err := os.MkdirAll(rest, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	precious := filepath.Join(f.dir, "precious")
+	f.write(t, "precious/file", "x", 0o644)
+	if err := unix.Mount(precious, rest, "", unix.MS_BIND, ""); err != nil {
+		t.Skipf("a bind mount needs the right to mount: %v", err)
+	}
+	defer unix.Unmount(rest, unix.MNT_DETACH)
+	f.build(t)
+	f.noRests(t)
+	if _, err := os.Stat(filepath.Join(precious, "file")); err != nil {
+		t.Errorf("what was mounted in a rest was removed: %v", err)
+	}
+}
+
+func TestProgressIsOrderly(t *testing.T) {
+	f := newFixture(t)
+	var steps []string
+	f.o.Progress = func(step string, done, total int64) {
+		if total != 0 && done > total || done < 0 {
+			t.Errorf("%s: %d of %d", step, done, total)
+		}
+		if len(steps) == 0 || steps[len(steps)-1] != step {
+			steps = append(steps, step)
+		}
+	}
+	f.build(t)
+	want := []string{"starting mmdebstrap", "running apt-get update", "success", "making the disk image",
+		"collecting the kernel", "syncing", "copying the disk image", "adding envd", "packing the initramfs", "syncing"}
+	if !slices.Equal(steps, want) {
+		t.Errorf("steps are %q, want %q", steps, want)
+	}
+}
