@@ -33,13 +33,13 @@ func (t *trace) step(name string) {
 
 // warn reports something boot goes on without.
 func (t *trace) warn(doing string, err error) {
-	fmt.Fprintf(t.out, "wrenn %s: warning: %s: %v\r\n", t.name, doing, err)
+	fmt.Fprintf(t.out, "wrenn %s: warning: %s: %v\n", t.name, doing, err)
 }
 
 // done prints the steps in milliseconds, and the kernel's uptime when it is
 // known, so that the part before us is seen too.
 func (t *trace) done() {
-	fmt.Fprintf(t.out, "wrenn %s: %.1f ms:%s (uptime %s s)\r\n",
+	fmt.Fprintf(t.out, "wrenn %s: %.1f ms:%s (uptime %s s)\n",
 		t.name, millis(t.now().Sub(t.start)), t.line.String(), uptime())
 }
 

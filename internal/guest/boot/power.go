@@ -31,7 +31,7 @@ var powerSignals = map[os.Signal]powerAction{
 // die reports err on the console and ends the machine. If even that is refused,
 // PID 1 exits and the kernel panics: the VM still does not hang, given panic=.
 func die(phase string, err error) {
-	fmt.Fprintf(os.Stdout, "wrenn %s: fatal: %v\r\nwrenn %s: turning the machine off\r\n", phase, err, phase)
+	fmt.Fprintf(os.Stdout, "wrenn %s: fatal: %v\nwrenn %s: turning the machine off\n", phase, err, phase)
 	endMachine(powerOff)
 	os.Exit(1)
 }
@@ -44,7 +44,7 @@ func endMachine(action powerAction) {
 		cmd = unix.LINUX_REBOOT_CMD_POWER_OFF
 	}
 	if err := unix.Reboot(cmd); err != nil {
-		fmt.Fprintf(os.Stdout, "wrenn: reboot(%#x): %v\r\n", cmd, err)
+		fmt.Fprintf(os.Stdout, "wrenn: reboot(%#x): %v\n", cmd, err)
 	}
 }
 
@@ -56,22 +56,23 @@ func canPowerOff() bool {
 	return err == nil
 }
 
-// shutdown ends every process, then the machine. It does not return unless the
-// kernel refuses.
-func shutdown(action powerAction, reap func() (left bool), grace time.Duration) {
+// stopAll ends every process but PID 1: politely, then not.
+func stopAll(reap func() (left bool), grace time.Duration) {
 	signal.Reset()
-	fmt.Fprintf(os.Stdout, "wrenn init: stopping all processes\r\n")
+	fmt.Fprintln(os.Stdout, "wrenn init: stopping all processes")
 	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGKILL} {
-		_ = unix.Kill(-1, sig)
+		_ = unix.Kill(-1, sig) // ESRCH: nobody is left
 		if waitGone(reap, grace) {
-			break
+			return
 		}
 	}
+}
+
+// closeRoot leaves a clean file system. A root that is still busy is replayed
+// from its journal at the next boot.
+func closeRoot() {
 	unix.Sync()
-	// A read-only root is a clean file system; a busy one is replayed from its
-	// journal at the next boot.
 	_ = unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
-	endMachine(action)
 }
 
 // waitGone reaps until no child is left or grace is over. It polls: at this

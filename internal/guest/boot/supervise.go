@@ -36,13 +36,17 @@ type supervisor struct {
 	spawn   func(serviceSpec) (pid int, err error)
 	wait    func() (pid int, status syscall.WaitStatus, err error)
 	now     func() time.Time
-	pid     int // 0: not running
+	end     func(powerAction) // ends the machine
+	pid     int               // 0: not running
 	started time.Time
 	backoff backoff
 }
 
 func newSupervisor(spec serviceSpec) *supervisor {
-	return &supervisor{spec: spec, spawn: spawn, wait: waitAny, now: time.Now}
+	return &supervisor{spec: spec, spawn: spawn, wait: waitAny, now: time.Now, end: func(a powerAction) {
+		closeRoot()
+		endMachine(a)
+	}}
 }
 
 // start runs the service. It must not be called while it runs.
@@ -71,7 +75,8 @@ func (s *supervisor) run() error {
 		select {
 		case sig := <-signals:
 			if action, ok := powerSignals[sig]; ok {
-				shutdown(action, s.reap, stopGrace)
+				stopAll(s.reap, stopGrace)
+				s.end(action)
 				return errors.New("the kernel refused to end the machine")
 			}
 		case <-restart.C:
