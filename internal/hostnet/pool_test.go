@@ -165,7 +165,7 @@ func TestRestart(t *testing.T) {
 	g.send(t, frame(guestMAC, "172.30.0.3", inetPublic, "spoofed"))
 	g.send(t, frame(guestMAC, GuestAddr.String(), "10.99.0.1", "private"))
 	g.send(t, frame(guestMAC, GuestAddr.String(), inetPublic, "adopted"))
-	if got := w.mail.until(t, "adopted"); len(got) != 1 {
+	if got := w.arrived(t, "adopted"); len(got) != 0 {
 		t.Errorf("arrived: %v", got)
 	}
 	lost, err = p.Adopt(ctx, "closed", lost.Index)
@@ -414,28 +414,38 @@ func TestBuildFails(t *testing.T) {
 	}
 	defer fix()
 	ctx := context.Background()
-	p, err := NewPool(ctx, Options{Size: 1, Max: 2, StateDir: t.TempDir()})
-	must(t, err)
+	p := newTestPool(t, Options{Size: 1, Max: 2})
 	if _, err := p.Acquire(ctx, "early"); err == nil || !strings.Contains(err.Error(), TapName) {
 		t.Errorf("acquire without a tun device: %v", err)
 	}
+	p.await(t, func() bool { return p.building == 0 })
 	fix()
 	acquire(t, p)
 	p.mu.Lock()
 	p.timer.Reset(0) // instead of the second that it would take
 	p.mu.Unlock()
-	deadline := time.Now().Add(3 * time.Second)
-	for ready := 0; ready == 0; time.Sleep(time.Millisecond) { // the pool reports no event
-		if time.Now().After(deadline) {
-			t.Fatal("the stock is not filled again")
-		}
-		p.mu.Lock()
-		ready = len(p.ready)
-		p.mu.Unlock()
-	}
+	p.await(t, func() bool { return len(p.ready) == 1 })
 	must(t, p.Close(ctx, nil))
 	if after := hostState(t); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// await polls the pool's state, for which it reports no event.
+func (p *Pool) await(t *testing.T, cond func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		p.mu.Lock()
+		ok := cond()
+		p.mu.Unlock()
+		if ok {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the pool does not get there")
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 

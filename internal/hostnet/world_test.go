@@ -29,9 +29,10 @@ var forbidden = []string{"10.99.0.1", "100.64.0.1", "169.254.169.254", "172.16.5
 	"192.0.0.10", "198.18.0.1", "198.19.255.254"}
 
 type world struct {
-	inet *os.File // namespace
-	home *os.File
-	mail *mailbox // UDP datagrams that arrived anywhere they were listened for
+	inet      *os.File // namespace
+	home      *os.File
+	mail      *mailbox // UDP datagrams that arrived anywhere they were listened for
+	listeners []*os.File
 }
 
 // newWorld plugs the internet in; the host's own state is as before at the end.
@@ -54,6 +55,7 @@ func newWorld(t testing.TB) *world {
 	})
 	addAddr(t, "up0", hostPublic+"/24")
 	must(t, inNetns(home, w.inet, func() error {
+		// Setting lo up gives it 127.0.0.1.
 		addAddr(t, "eth0", inetPublic+"/24")
 		for _, a := range forbidden {
 			addAddr(t, "lo", a+"/32")
@@ -110,6 +112,7 @@ func (w *world) listenUDP(t testing.TB, where string, ns *os.File) {
 		pc, err = net.ListenPacket("udp4", "0.0.0.0:9999")
 		return err
 	}))
+	w.listeners = append(w.listeners, ns)
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		buf := make([]byte, 2000)
@@ -140,6 +143,21 @@ func (m *mailbox) until(t testing.TB, sentinel string) []string {
 			t.Fatalf("%q never arrived; others: %v", sentinel, got)
 		}
 	}
+}
+
+// arrived returns what arrived anywhere, once the sentinel has. Each listener
+// then gets a datagram from its own namespace, behind all that is in its queue.
+func (w *world) arrived(t testing.TB, sentinel string) []string {
+	t.Helper()
+	got := w.mail.until(t, sentinel)
+	got = got[:len(got)-1]
+	for i, ns := range w.listeners {
+		last := fmt.Sprint("last", i)
+		w.sendUDP(t, ns, "127.0.0.1", last)
+		more := w.mail.until(t, last)
+		got = append(got, more[:len(more)-1]...)
+	}
+	return got
 }
 
 // sendUDP sends one datagram with the given text from a namespace.
@@ -224,7 +242,13 @@ func (w *world) unpluggedGuest(t testing.TB) *guest {
 		if err := netlink.LinkSetHardwareAddr(l, guestMAC); err != nil {
 			return err
 		}
-		addAddr(t, "lo", "127.0.0.2/8")
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(lo); err != nil {
+			return err
+		}
 		addAddr(t, TapName, GuestAddr.String()+"/30")
 		return netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Gw: GatewayAddr.AsSlice(),
 			Dst: &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}})
