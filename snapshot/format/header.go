@@ -19,10 +19,7 @@
 //     writes.
 package format
 
-import (
-	"fmt"
-	"sort"
-)
+import "fmt"
 
 // BlockSize is the size of a block in bytes: one page of guest memory, one
 // block of the guest's file system.
@@ -207,9 +204,18 @@ func (h *Header) Search(block uint64) int {
 }
 
 func searchFrom(ms []Mapping, from int, block uint64) int {
-	return from + sort.Search(len(ms)-from, func(i int) bool {
-		return ms[from+i].End() > block
-	})
+	// By hand: sort.Search calls a function per step, and this is the hot path
+	// of every page fault.
+	lo, hi := from, len(ms)
+	for lo < hi {
+		mid := int(uint(lo+hi) >> 1)
+		if m := &ms[mid]; m.Start+m.Length > block {
+			hi = mid
+		} else {
+			lo = mid + 1
+		}
+	}
+	return lo
 }
 
 // Lookup says what a block is. For Data, m is the whole mapping that holds it

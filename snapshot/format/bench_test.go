@@ -1,0 +1,81 @@
+package format
+
+import (
+	"math/rand/v2"
+	"testing"
+)
+
+// large returns a header of n mappings such as a long-used memory image has:
+// short runs and gaps, 40 builds.
+func large(n int) *Header {
+	r := rand.New(rand.NewPCG(1, 2))
+	h := &Header{Generation: 40, Build: testID(40), Parent: testID(39)}
+	var next [40]uint64
+	var at uint64
+	for range n {
+		m := Mapping{Start: at + r.Uint64N(3), Length: 1 + r.Uint64N(8), Build: uint32(r.IntN(40))}
+		m.Offset = next[m.Build] + r.Uint64N(4)
+		next[m.Build] = m.Offset + m.Length
+		at = m.End()
+		h.Mappings = append(h.Mappings, m)
+	}
+	for i, blocks := range next {
+		h.Builds = append(h.Builds, ref(byte(i+1), blocks))
+	}
+	h.Size = int64(at) * BlockSize
+	return h
+}
+
+const manyMappings = 483_000
+
+func BenchmarkDecode(b *testing.B) {
+	enc := mustEncode(b, large(manyMappings))
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Decode(enc); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(len(enc))/manyMappings, "B/mapping")
+}
+
+func BenchmarkEncode(b *testing.B) {
+	h := large(manyMappings)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Encode(h); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkMerge2000(b *testing.B) {
+	h := large(manyMappings)
+	step := h.Blocks() / 2000
+	var diff []Extent
+	for i := range uint64(2000) {
+		diff = append(diff, Extent{Start: i * step, Length: 1, Kind: Data, Offset: i})
+	}
+	build := ref(99, 2000)
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Merge(h, build, diff); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkLookup(b *testing.B) {
+	h := large(manyMappings)
+	r := rand.New(rand.NewPCG(3, 4))
+	blocks := make([]uint64, 1<<16)
+	for i := range blocks {
+		blocks[i] = r.Uint64N(h.Blocks())
+	}
+	b.ReportAllocs()
+	i := 0
+	for b.Loop() {
+		h.Lookup(blocks[i&(1<<16-1)])
+		i++
+	}
+}
