@@ -15,16 +15,18 @@ import (
 type FileEntry struct {
 	Name string `json:"name"`
 	Path string `json:"path"`
-	// Type is one of the FileType constants.
+	// Type is one of the FileType constants. Type and Mode of a link are those
+	// of what it leads to; FileTypeSymlink is a link that leads nowhere.
 	Type string `json:"type"`
-	// Size is in bytes.
+	// Size is in bytes; of a link, its own.
 	Size int64 `json:"size"`
 	// Mode holds the permission bits.
-	Mode          uint32    `json:"mode"`
-	Owner         string    `json:"owner,omitempty"`
-	Group         string    `json:"group,omitempty"`
-	ModifiedAt    time.Time `json:"modified_at,omitzero"`
-	SymlinkTarget string    `json:"symlink_target,omitempty"`
+	Mode       uint32    `json:"mode"`
+	Owner      string    `json:"owner,omitempty"`
+	Group      string    `json:"group,omitempty"`
+	ModifiedAt time.Time `json:"modified_at,omitzero"`
+	// SymlinkTarget is where a link leads; empty: it is no link.
+	SymlinkTarget string `json:"symlink_target,omitempty"`
 }
 
 // Types of a FileEntry.

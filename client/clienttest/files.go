@@ -190,6 +190,11 @@ func (s *Server) entry(id, name string) client.FileEntry {
 		e.Type, e.Mode, e.Size = f.kind, f.mode, int64(len(f.data))
 		if f.kind == client.FileTypeSymlink {
 			e.SymlinkTarget = f.target
+			if s.isDir(id, f.target) {
+				e.Type = client.FileTypeDir
+			} else if to := s.files[id+" "+f.target]; to != nil {
+				e.Type, e.Mode = to.kind, to.mode
+			}
 		}
 	}
 	return e

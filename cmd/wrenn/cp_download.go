@@ -135,34 +135,29 @@ func (cp *copier) downloadTree(root *os.Root, src string, entries []client.FileE
 		if e.Name == "" || e.Name == "." || e.Name == ".." || strings.ContainsAny(e.Name, "/\x00") || !filepath.IsLocal(e.Name) {
 			return fmt.Errorf("%s: the sandbox gave the file name %q, which is none", src, e.Name)
 		}
-		from := path.Join(src, e.Name)
-		switch e.Type {
-		case client.FileTypeDir:
-			if err := cp.downloadSub(root, from, e, depth); err != nil {
-				return err
-			}
-		case client.FileTypeFile, client.FileTypeSymlink:
-			f, err := cp.open(from)
-			if err != nil && e.Type == client.FileTypeSymlink &&
-				(client.IsNotFound(err) || client.IsInvalidRequest(err) || client.IsConflict(err)) {
-				cp.skip(from, "the link leads to no file: "+e.SymlinkTarget)
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			mode := e.Mode
-			if e.Type == client.FileTypeSymlink {
-				mode = f.Mode // the link's own bits mean nothing
-			}
-			err = cp.save(root, e.Name, f, from, mode)
-			f.Close()
-			if err != nil {
-				return err
-			}
-		default:
-			cp.skip(from, "not a regular file")
+		if err := cp.downloadEntry(root, path.Join(src, e.Name), e, depth); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+func (cp *copier) downloadEntry(root *os.Root, from string, e client.FileEntry, depth int) error {
+	switch {
+	case e.Type == client.FileTypeFile:
+		f, err := cp.open(from)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		return cp.save(root, e.Name, f, from, e.Mode)
+	case e.Type == client.FileTypeSymlink || e.SymlinkTarget != "":
+		// Following links to directories could go round in circles.
+		cp.skip(from, "the link leads to no file: "+e.SymlinkTarget)
+	case e.Type == client.FileTypeDir:
+		return cp.downloadSub(root, from, e, depth)
+	default:
+		cp.skip(from, "not a regular file")
 	}
 	return nil
 }
