@@ -195,7 +195,8 @@ func listLinks() ([]netlink.Link, error) {
 	}
 }
 
-// checkPrefix refuses a prefix that the host already uses on another link.
+// checkPrefix refuses a prefix that the host already uses on another link, or
+// that another pool divides differently.
 func checkPrefix(l layout) error {
 	links, err := listLinks()
 	if err != nil {
@@ -203,17 +204,20 @@ func checkPrefix(l layout) error {
 	}
 	for _, link := range links {
 		name := link.Attrs().Name
-		if _, ours := numbered(name, hostPrefix); ours {
-			continue
-		}
 		addrs, err := listAddrs(link)
 		if err != nil {
 			return err
 		}
 		for _, a := range addrs {
-			if a.IsValid() && a.Overlaps(l.prefix) {
-				return fmt.Errorf("network prefix %v overlaps %v of %s: choose another", l.prefix, a, name)
+			if !a.IsValid() || !a.Overlaps(l.prefix) {
+				continue
 			}
+			if n, ok := numbered(name, hostPrefix); ok && n < l.slots() {
+				if host, _ := l.addrs(n); host == a {
+					continue
+				}
+			}
+			return fmt.Errorf("network prefix %v overlaps %v of %s: choose another", l.prefix, a, name)
 		}
 	}
 	return nil

@@ -274,3 +274,26 @@ func removeHostRules() error {
 	}
 	return nil
 }
+
+// foreignDrops names the forward chains of others that drop by policy, as
+// Docker's does. An accept in our table does not overrule them.
+func foreignDrops() ([]string, error) {
+	c, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	chains, err := c.ListChains()
+	if err != nil {
+		return nil, fmt.Errorf("list nftables chains: %w", err)
+	}
+	var out []string
+	for _, ch := range chains {
+		f := ch.Table.Family
+		if (f == nftables.TableFamilyIPv4 || f == nftables.TableFamilyINet) &&
+			ch.Hooknum != nil && *ch.Hooknum == *nftables.ChainHookForward &&
+			ch.Policy != nil && *ch.Policy == nftables.ChainPolicyDrop {
+			out = append(out, ch.Table.Name+" "+ch.Name)
+		}
+	}
+	return out, nil
+}

@@ -177,6 +177,12 @@ func (p *Pool) enter() error {
 	if err := enterHost(true); err != nil {
 		return err
 	}
+	// A firewall that cannot be read is no reason not to serve.
+	if drops, err := foreignDrops(); err != nil || len(drops) > 0 {
+		p.log.Warn("other forward rules drop by policy; unless they accept wrn*, sandboxes have no internet "+
+			"(Docker: iptables -I DOCKER-USER -i wrn+ -j ACCEPT; iptables -I DOCKER-USER -o wrn+ -j ACCEPT)",
+			"chains", drops, "error", err)
+	}
 	names, err := listNetns()
 	if err != nil {
 		return err

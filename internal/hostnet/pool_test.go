@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -374,6 +376,28 @@ func TestPrefixInUse(t *testing.T) {
 	_, err := NewPool(context.Background(), Options{Prefix: "10.55.0.0/16", StateDir: t.TempDir()})
 	if err == nil || !strings.Contains(err.Error(), "up0") {
 		t.Errorf("prefix of another link: %v", err)
+	}
+	acquire(t, newTestPool(t, Options{Max: 1}))
+	if _, err := NewPool(context.Background(), Options{Prefix: "10.208.0.0/12", StateDir: t.TempDir()}); err == nil {
+		t.Error("a prefix that gives another pool's addresses to other slots")
+	}
+	newTestPool(t, Options{Max: 4, StateDir: t.TempDir()}) // the same prefix is fine
+}
+
+func TestForeignForwardPolicy(t *testing.T) {
+	needHost(t)
+	c, err := nftables.New()
+	must(t, err)
+	drop := nftables.ChainPolicyDrop
+	table := c.AddTable(&nftables.Table{Name: "filter", Family: nftables.TableFamilyIPv4})
+	c.AddChain(&nftables.Chain{Name: "FORWARD", Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &drop})
+	must(t, c.Flush())
+	defer func() { c.DelTable(table); c.Flush() }()
+	var log strings.Builder
+	newTestPool(t, Options{StateDir: t.TempDir(), Logger: slog.New(slog.NewTextHandler(&log, nil))})
+	if !strings.Contains(log.String(), "filter FORWARD") {
+		t.Errorf("no warning: %s", log.String())
 	}
 }
 
