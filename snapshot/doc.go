@@ -42,7 +42,7 @@
 //
 //  1. A manifest is visible only after everything that it names is durable:
 //     data → fsync → header → fsync → directories → state → fsync →
-//     manifest.tmp → fsync → rename → fsync of the directory.
+//     manifest.tmp → fsync → directories → rename → fsync of the directory.
 //  2. What a committed manifest needs is never changed, and not removed before
 //     the removal of the manifest is durable.
 //  3. No byte of a block leaves the store unless its checksum fits; the

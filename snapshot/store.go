@@ -117,17 +117,13 @@ func (s *Store) forWriting() error {
 	return nil
 }
 
+// makeDirs makes what is missing. It syncs in any case: a predecessor may have
+// made the directories and failed to.
 func (s *Store) makeDirs() error {
-	made := false
 	for _, d := range []string{s.dir, s.imagesDir(), s.snapshotsDir()} {
-		err := s.fs.Mkdir(d)
-		if err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := s.fs.Mkdir(d); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
-		made = made || err == nil
-	}
-	if !made {
-		return nil
 	}
 	if err := s.fs.SyncDir(path.Dir(s.dir)); err != nil {
 		return err

@@ -123,7 +123,10 @@ func (t *Txn) commit(ctx context.Context, m *Manifest) error {
 	if err := s.writeFile(tmp, b); err != nil {
 		return err
 	}
-	// The directory's own name must be durable before its content counts.
+	// All names must be durable before one of them says that the rest counts.
+	if err := s.fs.SyncDir(s.snapshotDir(t.id)); err != nil {
+		return err
+	}
 	if err := s.fs.SyncDir(s.snapshotsDir()); err != nil {
 		return err
 	}

@@ -116,14 +116,28 @@ func crash(n *node, name string, survives func(string) bool, done map[*node]*nod
 	}
 	c := newDir()
 	done[n] = c
+	movedTo := map[*node]string{}
+	for e, child := range n.entries {
+		movedTo[child] = e
+	}
+	kept := map[string]bool{}
 	for _, e := range names(n.entries, n.durable) {
-		full := path.Join(name, e)
 		child := n.durable[e]
-		if child != n.entries[e] && survives(full+" (name)") {
-			child = n.entries[e]
+		if child != n.entries[e] {
+			// A rename survives whole or not at all: one decision for both names.
+			key := e
+			if to, ok := movedTo[child]; ok && child != nil {
+				key = to
+			}
+			if _, ok := kept[key]; !ok {
+				kept[key] = survives(path.Join(name, key) + " (name)")
+			}
+			if kept[key] {
+				child = n.entries[e]
+			}
 		}
 		if child != nil {
-			c.entries[e] = crash(child, full, survives, done)
+			c.entries[e] = crash(child, path.Join(name, e), survives, done)
 			c.durable[e] = c.entries[e]
 		}
 	}
