@@ -92,6 +92,7 @@ func (s *Service) create(ctx context.Context, sb Sandbox, source string, envs ma
 	}
 	defer release()
 	sb.CreatedAt = s.now()
+	sb.ChangedAt = sb.CreatedAt
 	note, err := json.Marshal(annotations{
 		Template: sb.Template, Metadata: sb.Metadata, TimeoutSec: sb.TimeoutSec,
 		AutoPause: sb.AutoPause, CreatedAt: sb.CreatedAt,

@@ -149,6 +149,7 @@ func (s *Service) correct(ctx context.Context, r Sandbox, to Status, reason stri
 		return fmt.Errorf("sandbox %s is %s and the host says %s", r.ID, r.Status, to)
 	}
 	next := r.clone()
+	next.ChangedAt = s.now()
 	if to == StatusRunning {
 		s.begin(&next, h)
 	} else {
@@ -222,7 +223,7 @@ func (s *Service) adopt(ctx context.Context, h HostSandbox) (again bool, err err
 		ID: h.ID, Template: note.Template, Status: to, Error: reason,
 		VCPUs: h.VCPUs, MemoryMB: h.MemoryMB, Metadata: note.Metadata,
 		TimeoutSec: note.TimeoutSec, AutoPause: note.AutoPause,
-		CreatedAt: stamp(note.CreatedAt), Version: 1,
+		CreatedAt: stamp(note.CreatedAt), ChangedAt: s.now(), Version: 1,
 	}
 	if sb.Template == "" {
 		sb.Template = h.Template

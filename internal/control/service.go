@@ -191,6 +191,7 @@ func (s *Service) mutate(ctx context.Context, id string, may func(from, to Statu
 		if next.Status != cur.Status && !may(cur.Status, next.Status) {
 			return cur, errorf(CodeInvalidState, "sandbox %s is %s and cannot become %s", id, cur.Status, next.Status)
 		}
+		next.ChangedAt = s.now()
 		err = s.store.UpdateSandbox(ctx, next)
 		if errors.Is(err, ErrStale) {
 			continue

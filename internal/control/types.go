@@ -26,6 +26,8 @@ type Sandbox struct {
 	LastActiveAt time.Time
 	// ExpiresAt is when the present run reaches its limit.
 	ExpiresAt time.Time
+	// ChangedAt is when the row was last written, but for LastActiveAt.
+	ChangedAt time.Time
 	// Error says why Status is error.
 	Error string
 	// Version counts changes of the row; the compare-and-set compares it.

@@ -12,22 +12,23 @@ import (
 )
 
 const sandboxColumns = `id, template, status, vcpus, memory_mb, metadata, timeout_sec, auto_pause,
-	created_at, started_at, last_active_at, expires_at, error, version`
+	created_at, started_at, last_active_at, expires_at, changed_at, error, version`
 
 type scanner interface{ Scan(...any) error }
 
 func scanSandbox(row scanner) (control.Sandbox, error) {
 	var s control.Sandbox
 	var metadata string
-	var autoPause, created, started, active, expires int64
+	var autoPause, created, started, active, expires, changed int64
 	err := row.Scan(&s.ID, &s.Template, &s.Status, &s.VCPUs, &s.MemoryMB, &metadata, &s.TimeoutSec, &autoPause,
-		&created, &started, &active, &expires, &s.Error, &s.Version)
+		&created, &started, &active, &expires, &changed, &s.Error, &s.Version)
 	if err != nil {
 		return s, err
 	}
 	s.AutoPause = autoPause != 0
 	s.CreatedAt, s.StartedAt = fromMicros(created), fromMicros(started)
 	s.LastActiveAt, s.ExpiresAt = fromMicros(active), fromMicros(expires)
+	s.ChangedAt = fromMicros(changed)
 	if err := json.Unmarshal([]byte(metadata), &s.Metadata); err != nil {
 		return s, fmt.Errorf("metadata of sandbox %s: %w", s.ID, err)
 	}
@@ -45,11 +46,11 @@ func (d *DB) CreateSandbox(ctx context.Context, s control.Sandbox) error {
 		return err
 	}
 	defer tx.Rollback() // does nothing after Commit
-	_, err = tx.ExecContext(ctx, `INSERT INTO sandboxes (`+sandboxColumns+`, changed_at)
+	_, err = tx.ExecContext(ctx, `INSERT INTO sandboxes (`+sandboxColumns+`)
 		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)`,
 		s.ID, s.Template, string(s.Status), s.VCPUs, s.MemoryMB, string(metadata), s.TimeoutSec, flag(s.AutoPause),
-		micros(s.CreatedAt), micros(s.StartedAt), micros(s.LastActiveAt), micros(s.ExpiresAt), s.Error, 1,
-		time.Now().UnixMicro())
+		micros(s.CreatedAt), micros(s.StartedAt), micros(s.LastActiveAt), micros(s.ExpiresAt),
+		micros(s.ChangedAt), s.Error, 1)
 	if err != nil {
 		return inserted(err)
 	}
@@ -120,7 +121,7 @@ func (d *DB) UpdateSandbox(ctx context.Context, s control.Sandbox) error {
 		last_active_at = CASE WHEN last_active_at < $8 THEN $9 ELSE last_active_at END
 		WHERE id = $10 AND version = $11`,
 		string(s.Status), s.TimeoutSec, flag(s.AutoPause), micros(s.StartedAt), micros(s.ExpiresAt), s.Error,
-		time.Now().UnixMicro(), micros(s.LastActiveAt), micros(s.LastActiveAt), s.ID, s.Version)
+		micros(s.ChangedAt), micros(s.LastActiveAt), micros(s.LastActiveAt), s.ID, s.Version)
 	return affected(r, err, control.ErrStale)
 }
 
