@@ -60,9 +60,16 @@ type Attachment struct {
 // not be had, is dead; both before and after, ErrPoisoned says that the process
 // must not be used.
 //
-// The caller must be allowed to trace the process. Faults raised before a
-// Server has the attachment wait for it.
+// The caller must be allowed to trace the process. When the process is a child
+// of the caller's, nobody may be waiting for it with wait(2) (os.Process.Wait)
+// meanwhile, or the kernel hands the stops of the tracing to that wait; watch
+// it by pidfd and reap it when it has ended.
+//
+// Faults raised before a Server has the attachment wait for it.
 func Inject(ctx context.Context, pid int, shared *Shared, remoteDevFD int) (*Attachment, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	a, err := attach(shared, pid, func(proc *process) (*Attachment, error) {
 		if proc.pid == os.Getpid() {
 			return nil, errors.New("a process cannot be attached to itself")

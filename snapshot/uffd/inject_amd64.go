@@ -58,7 +58,10 @@ func injectThread(ctx context.Context, proc *process, tid int, s *Shared, devFD 
 	if err != nil {
 		return nil, false, err
 	}
-	a, err = exchange(t, s, devFD)
+	if err = ctx.Err(); err == nil {
+		// From here to the release nothing is cut short.
+		a, err = exchange(t, s, devFD)
+	}
 	if rerr := t.release(); rerr != nil && !errors.Is(rerr, ErrGone) {
 		// The thread did not get its state back: it must not run on.
 		rerr = errors.Join(rerr, proc.kill())
