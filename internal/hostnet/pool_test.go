@@ -156,6 +156,8 @@ func TestRestart(t *testing.T) {
 	ns, err := openNetns(kept.Index)
 	must(t, err)
 	must(t, inNetns(w.home, ns, removeHostRules))
+	// By the thread's namespace. A new one may have 1 from the initial one.
+	must(t, inNetns(w.home, ns, func() error { return os.WriteFile(forwardFile, []byte("0"), 0) }))
 	ns.Close()
 
 	p = newTestPool(t, Options{Size: 1, Max: 4, StateDir: dir, Prefix: "10.77.0.0/20"})
