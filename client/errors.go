@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"syscall"
 )
 
 // Codes of the API.
@@ -85,11 +84,12 @@ func IsTooLarge(err error) bool { return errors.Is(err, ErrTooLarge) }
 func IsHostUnavailable(err error) bool { return errors.Is(err, ErrHostUnavailable) }
 
 // IsUnreachable tells whether no server could be reached at all: the name did
-// not resolve, the connection was refused, or it broke before an answer came.
+// not resolve, or no connection came about. Nothing was sent then. (Of a call
+// whose connection broke later it is not known whether the server did it.)
 func IsUnreachable(err error) bool {
 	var op *net.OpError
 	var dns *net.DNSError
-	return errors.As(err, &op) || errors.As(err, &dns) || errors.Is(err, syscall.ECONNREFUSED)
+	return errors.As(err, &op) && op.Op == "dial" || errors.As(err, &dns)
 }
 
 // responseError reads the error body of a response; what is not Wrenn's (a

@@ -105,7 +105,8 @@ func userQuery(user string) url.Values {
 }
 
 // PutFile creates or replaces a file with what r gives until io.EOF. After a
-// failure r may be read once more for a moment, so do not use it again.
+// failure r may be read once more for a moment, so do not use it again. The end
+// of ctx does not interrupt a Read of r that has begun: it is waited for.
 func (c *Client) PutFile(ctx context.Context, id, path string, r io.Reader, o PutOptions) error {
 	q := url.Values{}
 	if o.Mode != 0 {

@@ -195,6 +195,12 @@ func TestNoServer(t *testing.T) {
 	wrenn(t, "sandbox", "list").want(t, 2, "WRENN_URL")
 }
 
+func TestBrokenConnection(t *testing.T) {
+	s := startServer(t)
+	s.Fail = func(*http.Request) *client.Error { panic(http.ErrAbortHandler) }
+	wrenn(t, "sandbox", "pause", "a").want(t, 1, "what the server had accepted it goes on with")
+}
+
 func TestAPIKey(t *testing.T) {
 	startServer(t)
 	dir := t.TempDir()

@@ -71,8 +71,8 @@ func (cp *copier) open(src string) (*client.File, error) {
 }
 
 func (cp *copier) transfer(w io.Writer, f *client.File, src string) error {
-	cp.bar.name(path.Base(src))
 	cp.bar.total(f.Size)
+	cp.bar.name(path.Base(src))
 	return cp.copy(w, f, src)
 }
 

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -16,7 +18,7 @@ import (
 func (cp *copier) upload(src, dst string) error {
 	if src == stream {
 		cp.bar.name(dst)
-		return cp.put(dst, cp.in, client.PutOptions{})
+		return cp.put(dst, cancellable(cp.ctx, cp.in), client.PutOptions{})
 	}
 	info, err := os.Stat(src)
 	if err != nil {
@@ -30,6 +32,19 @@ func (cp *copier) upload(src, dst string) error {
 	}
 	cp.bar.total(info.Size())
 	return cp.uploadFile(src, dst)
+}
+
+// cancellable makes reads of r end with ctx: the HTTP transport waits for a
+// read that it began. The goroutine may wait in one (of standard input) until
+// the process exits, which is right after.
+func cancellable(ctx context.Context, r io.Reader) io.Reader {
+	pr, pw := io.Pipe()
+	go func() {
+		_, err := io.Copy(pw, r)
+		pw.CloseWithError(err)
+	}()
+	context.AfterFunc(ctx, func() { pr.CloseWithError(ctx.Err()) })
+	return pr
 }
 
 // within adds the source's own name to a destination that is a directory.
@@ -120,7 +135,7 @@ func (cp *copier) uploadFile(src, dst string) error {
 	return cp.put(dst, f, o)
 }
 
-func (cp *copier) put(dst string, r interface{ Read([]byte) (int, error) }, o client.PutOptions) error {
+func (cp *copier) put(dst string, r io.Reader, o client.PutOptions) error {
 	o.User = cp.user
 	if err := cp.c.PutFile(cp.ctx, cp.id, dst, cp.bar.reader(r), o); err != nil {
 		return fmt.Errorf("writing %s: %w", dst, err)

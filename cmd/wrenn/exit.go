@@ -144,6 +144,7 @@ func message(err error) string {
 func remedy(cmd *cobra.Command, err error) string {
 	var usage usageError
 	var noKey noKeyError
+	var broken *url.Error
 	switch {
 	case errors.As(err, &usage):
 		if cmd != nil {
@@ -161,6 +162,8 @@ func remedy(cmd *cobra.Command, err error) string {
 		return "see what there is with: wrenn sandbox list, wrenn snapshot list, wrenn template list"
 	case client.IsUnreachable(err):
 		return "start it with: wrenn up (or set WRENN_URL to where it runs)"
+	case errors.As(err, &broken) && !broken.Timeout():
+		return "the connection broke; what the server had accepted it goes on with: see wrenn sandbox list"
 	}
 	return ""
 }

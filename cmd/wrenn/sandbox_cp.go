@@ -177,7 +177,7 @@ func (b *bar) clear() {
 }
 
 func (b *bar) finish() {
-	if b != nil {
+	if b != nil && !b.b.IsFinished() {
 		_ = b.b.Exit()
 	}
 }

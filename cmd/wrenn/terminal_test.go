@@ -267,6 +267,33 @@ func TestInterruptedExec(t *testing.T) {
 	}
 }
 
+// Ctrl-C ends a copy that waits for its input, and leaves nothing behind.
+func TestInterruptedCp(t *testing.T) {
+	s := startServer(t)
+	s.Add(client.Sandbox{})
+	cmd := process(t, "sandbox", "cp", "-", "sb1:/half")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdin.Close()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if !s.Wait("PUT ", patience) {
+		t.Fatal("the copy did not begin")
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if code := exitOf(t, cmd); code != 130 {
+		t.Errorf("exit code %d, want 130", code)
+	}
+	if got, _, ok := s.Content("sb1", "/half"); ok {
+		t.Errorf("half a file arrived: %q", got)
+	}
+}
+
 func TestProgressIsForTerminals(t *testing.T) {
 	s := startServer(t)
 	s.Add(client.Sandbox{})
