@@ -26,8 +26,10 @@ import (
 
 const (
 	ballast = 4 << 20 // bytes of memory whose checksum is proved at each tick
-	period  = 50 * time.Millisecond
 )
+
+// period is the time between two ticks, vmmtest.period milliseconds.
+var period = 50 * time.Millisecond
 
 func main() {
 	for _, m := range [][2]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}} {
@@ -48,6 +50,9 @@ func main() {
 	ends, _ := os.ReadFile("/proc/net/dev")
 	fmt.Printf("NET eth0=%t\n", bytes.Contains(ends, []byte("eth0")))
 
+	if ms, err := strconv.Atoi(args["vmmtest.period"]); err == nil {
+		period = time.Duration(ms) * time.Millisecond
+	}
 	end, at := "", 0
 	if what, n, ok := strings.Cut(args["vmmtest.end"], "@"); ok {
 		end = what
