@@ -87,7 +87,7 @@ func stableAt(blocks int64) int64 {
 }
 
 // createMap makes the file under another name first: it exists whole or not.
-func createMap(fsys storage.FS, name, boot string, blocks int64) (_ storage.File, err error) {
+func createMap(fsys storage.FS, name, boot string, blocks int64) (storage.File, error) {
 	tmp := name + ".tmp"
 	if err := fsys.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -96,24 +96,27 @@ func createMap(fsys storage.FS, name, boot string, blocks int64) (_ storage.File
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if err != nil {
-			_ = f.Close()
-		}
-	}()
-	if err := f.Truncate(stableAt(blocks) + blocks); err != nil {
+	err = f.Truncate(stableAt(blocks) + blocks)
+	if err == nil {
+		_, err = f.WriteAt(encodeMapHeader(boot, blocks), 0)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
 		return nil, err
 	}
-	if _, err := f.WriteAt(encodeMapHeader(boot, blocks), 0); err != nil {
-		return nil, err
-	}
-	if err := f.Sync(); err != nil {
+	// The data file's name must be durable before there is a map.
+	if err := fsys.SyncDir(path.Dir(name)); err != nil {
 		return nil, err
 	}
 	if err := fsys.Rename(tmp, name); err != nil {
 		return nil, err
 	}
-	return f, fsys.SyncDir(path.Dir(name))
+	if err := fsys.SyncDir(path.Dir(name)); err != nil {
+		return nil, err
+	}
+	return fsys.OpenRW(name)
 }
 
 func encodeMapHeader(boot string, blocks int64) []byte {
@@ -155,7 +158,7 @@ func (m *dirtyMap) load(boot string) error {
 	if err != nil {
 		return err
 	}
-	if want := stableAt(m.blocks) + m.blocks; size != want && size >= mapHeader {
+	if want := stableAt(m.blocks) + m.blocks; size != want {
 		return fmt.Errorf("length: %d bytes, want %d", size, want)
 	}
 	b := make([]byte, mapCRC+4)
