@@ -63,7 +63,10 @@ func decodeObject(what string, b []byte, dst any) error {
 	}
 	// encoding/json also takes fields that differ in case; the document does not.
 	known := fieldNames(dst)
-	for name := range fields {
+	for name, raw := range fields {
+		if hasNull(raw) {
+			return control.Invalid(quoteShort(name), "must not be or hold null; leave it out instead")
+		}
 		if !slices.Contains(known, name) {
 			if len(known) == 0 {
 				return control.Invalid(quoteShort(name), "unknown field; there are none here")
@@ -79,6 +82,20 @@ func decodeObject(what string, b []byte, dst any) error {
 		return control.Invalid(what, "is not valid JSON: %v", err)
 	}
 	return nil
+}
+
+// hasNull finds a null, which encoding/json would take for an empty value.
+func hasNull(raw json.RawMessage) bool {
+	dec := json.NewDecoder(bytes.NewReader(raw))
+	for {
+		tok, err := dec.Token()
+		if err != nil {
+			return false // The end: raw is valid JSON.
+		}
+		if tok == nil {
+			return true
+		}
+	}
 }
 
 func fieldNames(dst any) []string {
