@@ -55,6 +55,9 @@ func TestBuildMakesWhatResultSays(t *testing.T) {
 	if got := debugfs(t, r.Rootfs, "ls /var/cache/apt"); strings.Contains(got, "pkgcache") {
 		t.Errorf("apt's cache is in the image: %s", got)
 	}
+	if got := debugfs(t, r.Rootfs, "ls /var/lib/apt/lists"); strings.Contains(got, "mirror") {
+		t.Errorf("apt's lists are in the image: %s", got)
+	}
 	f.noRests(t)
 }
 

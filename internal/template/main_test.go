@@ -85,6 +85,8 @@ fixture=`+f.dir+`
 echo run >>$fixture/runs
 echo "I: running apt-get update..." >&2
 `+extra+`
+mkdir -p $root/var/lib/apt/lists/partial
+echo list >$root/var/lib/apt/lists/mirror_Packages
 mkdir -p $root/etc $root/usr/local/bin $root/usr/sbin $root/home/user $root/var/cache/apt
 echo old >$root/etc/old; touch -d @1000000000 $root/etc/old
 echo new >$root/etc/new

@@ -67,7 +67,7 @@ func (b *builder) buildPackages(ctx context.Context, tmp, key string, lock *os.F
 	if err := b.bootstrap(ctx, tmp, root, out, lock); err != nil {
 		return meta{}, err
 	}
-	if err := removeAptCaches(root); err != nil {
+	if err := removeAptState(root); err != nil {
 		return meta{}, err
 	}
 	b.progress("making the disk image", 0, 0)
@@ -131,16 +131,19 @@ func (b *builder) bootstrap(ctx context.Context, tmp, root, out string, lock *os
 	return nil
 }
 
-// removeAptCaches removes what mmdebstrap's last step, after our hook, leaves:
-// apt's caches hold addresses of the process that wrote them.
-func removeAptCaches(root string) error {
-	caches, err := filepath.Glob(filepath.Join(root, "var/cache/apt/*.bin"))
-	if err != nil {
-		return err
-	}
-	for _, c := range caches {
-		if err := os.Remove(c); err != nil {
-			return fmt.Errorf("removing apt's cache: %w", err)
+// removeAptState removes what mmdebstrap's last step, after our hook, leaves:
+// the mirror's package lists, under the mirror's name, and caches that hold
+// addresses of the process that wrote them.
+func removeAptState(root string) error {
+	for _, pattern := range []string{"var/lib/apt/lists/*", "var/cache/apt/*.bin"} {
+		found, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			return err
+		}
+		for _, p := range found {
+			if err := os.RemoveAll(p); err != nil {
+				return fmt.Errorf("removing apt's lists and caches: %w", err)
+			}
 		}
 	}
 	return nil
