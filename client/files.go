@@ -39,9 +39,9 @@ const (
 
 // PutOptions says how a file is written.
 type PutOptions struct {
-	// Size is the number of bytes that will come; 0 when not known. Where it is
-	// known, a reader that gives another number makes the call fail, and one
-	// that gives more leaves a file of the first Size bytes.
+	// Size is the number of bytes that will come; 0 when not known. A reader
+	// that gives fewer makes the call fail; what it has beyond is not read, so
+	// that a growing file is copied as it was when its size was taken.
 	Size int64
 	// Mode holds the permission bits; 0 means 0644.
 	Mode uint32
@@ -124,6 +124,9 @@ func (c *Client) PutFile(ctx context.Context, id, path string, r io.Reader, o Pu
 	}
 	if o.Size < 0 {
 		return invalid("size %d: must not be negative", o.Size)
+	}
+	if o.Size > 0 {
+		r = io.LimitReader(r, o.Size)
 	}
 	// NopCloser: the transport must not close the caller's reader.
 	req, err := c.newRequest(ctx, http.MethodPut, u, io.NopCloser(r))

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"git.omukk.dev/wrenn/sandbox/client"
 	"git.omukk.dev/wrenn/sandbox/internal/control"
@@ -48,9 +49,7 @@ func TestAgainstTheRealAPI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Health(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	waitHealthy(t, c)
 	ok := func(args ...string) string {
 		t.Helper()
 		r := wrenn(t, args...)
@@ -144,6 +143,23 @@ func TestAgainstTheRealAPI(t *testing.T) {
 	wrenn(t, "sandbox", "get", id).want(t, 3, "not_found")
 	t.Setenv("WRENN_API_KEY", "wrn_wrong")
 	wrenn(t, "sandbox", "list").want(t, 5, "unauthorized")
+}
+
+// waitHealthy asks again and again, as a load balancer would: there is no event
+// for a server's having started.
+func waitHealthy(t *testing.T, c *client.Client) {
+	t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for limit := time.Now().Add(patience); ; <-tick.C {
+		err := c.Health(t.Context())
+		if err == nil {
+			return
+		}
+		if !client.IsHostUnavailable(err) || time.Now().After(limit) {
+			t.Fatal(err)
+		}
+	}
 }
 
 func testRealPTY(t *testing.T, c *client.Client, id string) {

@@ -301,7 +301,7 @@ func TestProgressIsForTerminals(t *testing.T) {
 	if code := exitOf(t, tm.cmd); code != 0 {
 		t.Fatalf("exit code %d: %s", code, tm.text())
 	}
-	tm.wait(t, "MB")
+	tm.wait(t, "100%")
 	tm = onTerminal(t, "sandbox", "cp", "-q", "sb1:/big/30000000", "/dev/null")
 	if code := exitOf(t, tm.cmd); code != 0 || tm.text() != "" {
 		t.Errorf("-q: exit code %d, printed %q", code, tm.text())
