@@ -401,12 +401,10 @@ func TestEveryFlippedByteIsFound(t *testing.T) {
 	want := map[string][]byte{"a": pages(1, 2, 3, 0), "b": pages(1, 9, 0, 0)}
 	for _, name := range f.Files() {
 		content := f.Content(name)
-		step := 1
-		if len(content) > 2*blockSize {
-			step = 61 // the blocks are alike; every byte of the rest is met below
-		}
-		for i := 0; i < len(content); i++ {
-			if i%step != 0 && i < len(content)-200 {
+		for i := range content {
+			// Blocks are alike inside; every byte of all that describes them is
+			// tried.
+			if strings.HasSuffix(name, "/data") && i%997 != 0 && i < len(content)-200 {
 				continue
 			}
 			content[i] ^= 1 << (i % 8)

@@ -424,3 +424,43 @@ func TestGCRemovesNothingWhenItCannotRead(t *testing.T) {
 		must(t, err)
 	}
 }
+
+// A read on the path of a page fault costs no allocation.
+func TestReadDoesNotAllocate(t *testing.T) {
+	s := openStore(t, snaptest.NewFS())
+	_, a := snap(t, s, 16*blockSize, nil, change{block: 0, data: pages(1, 2, 3, 4, 5, 6, 7)}, change{block: 9, data: pages(8)})
+	p := make([]byte, 16*blockSize)
+	for _, off := range []int64{0, 100} {
+		if n := testing.AllocsPerRun(100, func() {
+			if _, err := a.ReadAt(p[:12*blockSize], off); err != nil {
+				t.Fatal(err)
+			}
+		}); n != 0 {
+			t.Errorf("a read at %d allocates %v times", off, n)
+		}
+	}
+}
+
+func FuzzManifest(f *testing.F) {
+	m := Manifest{ID: format.ID{1}, Name: "warm", Kind: KindSnapshot,
+		Memory: ImageRef{ID: format.ID{2}, Size: blockSize, HeaderSHA256: strings.Repeat("0a", 32)}}
+	good, err := encodeManifest(&m)
+	must(f, err)
+	f.Add(good)
+	f.Add([]byte(`{"version":1,"sha256":"","manifest":{}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		inputs := [][]byte{b}
+		if sealed, err := wrapManifest(b); err == nil { // past the digest, to the fields
+			inputs = append(inputs, sealed)
+		}
+		for _, in := range inputs {
+			m, err := decodeManifest(in)
+			if err != nil {
+				continue
+			}
+			if _, err := encodeManifest(m); err != nil {
+				t.Fatalf("decoded, but cannot be written: %v", err)
+			}
+		}
+	})
+}
