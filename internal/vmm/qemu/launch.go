@@ -106,20 +106,21 @@ func accelArg(accel string) string {
 }
 
 // devices puts each on a named bus, so that the guest finds the same device
-// in the same place whatever else the machine has.
+// in the same place whatever else the machine has. Bus 0 stays empty: with
+// ACPI its interrupt never reaches the guest, and a disk there hangs the boot.
 func (l *launch) devices() []string {
 	var a []string
 	if l.host.DiskSocket != "" {
 		a = append(a,
 			"-blockdev", "driver=nbd,node-name=disk0,server.type=unix,server.path="+optEscape(l.host.DiskSocket)+
 				",reconnect-delay="+nbdReconnect+",discard=unmap",
-			"-device", "virtio-blk-device,id=vda,drive=disk0,bus=virtio-mmio-bus.0,"+
+			"-device", "virtio-blk-device,id=vda,drive=disk0,bus=virtio-mmio-bus.1,"+
 				"num-queues=1,physical_block_size=4096,werror=report,rerror=report")
 	}
 	if l.tapFD >= 0 {
 		a = append(a,
 			"-netdev", fmt.Sprintf("tap,id=net0,fd=%d", l.tapFD),
-			"-device", "virtio-net-device,id=eth0,netdev=net0,bus=virtio-mmio-bus.1,mac="+l.spec.MAC)
+			"-device", "virtio-net-device,id=eth0,netdev=net0,bus=virtio-mmio-bus.2,mac="+l.spec.MAC)
 	}
 	return a
 }
@@ -168,6 +169,10 @@ func (l *launch) start(ctx context.Context) (*machine, error) {
 		return nil, err
 	}
 	closers = append(closers, console)
+	// The reason of a failed start is looked for in it: nothing old there.
+	if err := os.Remove(l.stderr); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("removing an old log: %w", err)
+	}
 	stderr, err := vmm.OpenLog(l.stderr, logLimit)
 	if err != nil {
 		return nil, err
@@ -194,13 +199,16 @@ func (l *launch) start(ctx context.Context) (*machine, error) {
 	if err != nil {
 		return nil, err
 	}
+	// While this process holds the listening socket too, a QEMU that dies
+	// before it greets would go unnoticed.
+	listener.Close()
 	m := newMachine(vmm.Record{
 		ID: l.host.ID, Kind: Name, PID: p.PID(), StartTime: p.StartTime(), BootID: boot,
 		Control: sock, ConsolePath: l.console, StderrPath: l.stderr,
 		MemoryFD: fdMemory, UffdDevFD: l.uffdFD, Spec: l.spec, Info: l.info,
 	}, p, l.o.Logger)
 	if err := m.connect(ctx); err != nil {
-		return nil, errors.Join(err, m.abandon())
+		return nil, m.abandon(err)
 	}
 	return m, nil
 }
