@@ -192,25 +192,31 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 // Status says how it ended, after Done: "exit status 1", "signal: killed", or
 // nothing where it was not a child of this process.
 func (p *Process) Status() string {
+	if !p.ended() {
+		return ""
+	}
+	return p.status
+}
+
+func (p *Process) ended() bool {
 	select {
 	case <-p.done:
-		return p.status
+		return true
 	default:
-		return ""
+		return false
 	}
 }
 
 // Kill sends SIGKILL and waits for the end.
 func (p *Process) Kill(ctx context.Context) error {
-	select {
-	case <-p.done:
-		return nil
-	default:
-	}
 	var serr error
-	if err := p.conn.Control(func(fd uintptr) {
+	err := p.conn.Control(func(fd uintptr) {
 		serr = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0)
-	}); err != nil {
+	})
+	if p.ended() {
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("killing process %d: %w", p.pid, ErrClosed)
 	}
 	if serr != nil && !errors.Is(serr, unix.ESRCH) {
@@ -220,6 +226,9 @@ func (p *Process) Kill(ctx context.Context) error {
 	case <-p.done:
 		return nil
 	case <-p.closed:
+		if p.ended() {
+			return nil
+		}
 		return fmt.Errorf("waiting for process %d to die: %w", p.pid, ErrClosed)
 	case <-ctx.Done():
 		return fmt.Errorf("waiting for process %d to die: %w", p.pid, ctx.Err())

@@ -19,8 +19,9 @@ import (
 // death after its connection broke.
 const lastWords = 2 * time.Second
 
-// tailBytes of each log go into an ExitError.
-const tailBytes = 2048
+// tailBytes of each log go into an ExitError: a panic with its call trace
+// has about 4 KiB.
+const tailBytes = 8 << 10
 
 // machine implements vmm.Machine.
 type machine struct {
@@ -263,9 +264,10 @@ func (m *machine) Close() {
 	m.proc.Close()
 }
 
-// abandon ends a machine that was not handed out. What QEMU said on its
-// standard error is the returned error: why it did not start.
-func (m *machine) abandon() error {
+// abandon ends a machine that was not handed out, because of err. It returns
+// err with what QEMU said on its standard error, which is why it did not
+// start.
+func (m *machine) abandon(err error) error {
 	m.mu.Lock()
 	c := m.current
 	m.mu.Unlock()
@@ -277,11 +279,11 @@ func (m *machine) abandon() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), qmpFallback)
 	defer cancel()
-	err := m.Kill(ctx)
+	kerr := m.Kill(ctx)
 	said := vmm.Tail(m.rec.StderrPath, tailBytes)
 	m.Close()
-	if said != "" {
-		return errors.Join(err, fmt.Errorf("QEMU said: %s", said))
+	if said != "" && !errors.Is(err, vmm.ErrGone) { // an ExitError has it already
+		err = fmt.Errorf("%w; QEMU said: %s", err, said)
 	}
-	return err
+	return errors.Join(err, kerr)
 }

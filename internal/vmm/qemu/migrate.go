@@ -186,7 +186,7 @@ func (d *Driver) Restore(ctx context.Context, a vmm.RestoreArgs) (vmm.Machine, e
 		return fail(err)
 	}
 	if err := m.load(ctx, a); err != nil {
-		return fail(errors.Join(err, m.abandon()))
+		return fail(m.abandon(err))
 	}
 	return m, nil
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -120,7 +119,7 @@ func (d *Driver) bootProbe(ctx context.Context, binary string, info vmm.Info) er
 	select {
 	case <-m.Done():
 	case <-ctx.Done():
-		return errors.Join(fmt.Errorf("it hung for %s", kvmTime), m.abandon())
+		return m.abandon(fmt.Errorf("it hung for %s", kvmTime))
 	}
 	if console := vmm.Tail(m.rec.ConsolePath, 1<<20); !strings.Contains(console, probeWord) {
 		return m.Err()

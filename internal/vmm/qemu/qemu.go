@@ -19,7 +19,6 @@ package qemu
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -241,7 +240,7 @@ func (d *Driver) boot(ctx context.Context, info vmm.Info, binary string, a vmm.B
 		return nil, err
 	}
 	if err := m.expectStatus(ctx, "running"); err != nil {
-		return nil, errors.Join(err, m.abandon())
+		return nil, m.abandon(err)
 	}
 	return m, nil
 }
