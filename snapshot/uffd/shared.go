@@ -74,25 +74,40 @@ func NewShared(name string, src Source) (*Shared, error) {
 }
 
 // AdoptShared takes over a memfd that a server before this one made and
-// filled, found for example as /proc/<vmm>/fd/<n>. Its pages are kept. f must
-// be open for reading and writing; on success it belongs to the Shared.
+// filled, found for example as /proc/<vmm>/fd/<n>. Its pages are kept, but for
+// zeros, which a server never puts there: a VMM not yet attached may have made
+// them by reading a hole. f must be open for reading and writing; on success it
+// belongs to the Shared.
 func AdoptShared(name string, f *os.File, src Source) (*Shared, error) {
 	s, err := newShared(name, f, src)
 	if err != nil {
 		return nil, err
 	}
-	err = s.extents(func(off, n int64) error {
+	if err := s.adoptPages(); err != nil {
+		s.release()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Shared) adoptPages() error {
+	var page, zeros [pageSize]byte
+	return s.extents(func(off, n int64) error {
 		for end := off + n; off < end; off += pageSize {
+			if _, err := unix.Pread(s.fd, page[:], off); err != nil {
+				return fmt.Errorf("uffd: read page at %d: %w", off, err)
+			}
+			if page == zeros {
+				if err := s.punch(off, pageSize); err != nil {
+					return err
+				}
+				continue
+			}
 			s.setOurs(off)
 			s.count.Add(1)
 		}
 		return nil
 	})
-	if err != nil {
-		s.release()
-		return nil, err
-	}
-	return s, nil
 }
 
 func newShared(name string, f *os.File, src Source) (*Shared, error) {

@@ -17,7 +17,7 @@ import (
 
 // tracee is one stopped thread of another process that runs system calls for
 // us. All methods must be called on the thread that made it; when that thread
-// ends, the kernel detaches.
+// ends, the kernel lets go of a tracee that was not prepared yet.
 //
 // The thread is stopped by PTRACE_INTERRUPT, which shows it with its registers
 // as the interrupted system call left them: rax one of -ERESTART…, orig_rax the
@@ -105,7 +105,10 @@ func (t *tracee) prepare() error {
 	if err := t.findInsn(); err != nil {
 		return err
 	}
-	if err := unix.PtraceSetOptions(t.tid, unix.PTRACE_O_TRACESYSGOOD); err != nil {
+	// EXITKILL: should we be killed in the middle of a call, the process must
+	// not run on with the call's registers. A VM being restored can be restored
+	// again.
+	if err := unix.PtraceSetOptions(t.tid, unix.PTRACE_O_TRACESYSGOOD|unix.PTRACE_O_EXITKILL); err != nil {
 		return t.explain("set options", err)
 	}
 	if err := t.sigmask(unix.PTRACE_GETSIGMASK, &t.mask); err != nil {

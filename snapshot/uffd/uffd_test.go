@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
 
 func TestFaultsAreServedFromTheImage(t *testing.T) {
@@ -574,6 +576,122 @@ func TestScanDirtyIsExact(t *testing.T) {
 	}
 }
 
+// swapped counts the pages that a process has in swap, by /proc/<pid>/status.
+func swapped(t *testing.T, pid int) (kib int) {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(b), "VmSwap:")
+	if _, err := fmt.Sscan(rest, &kib); !ok || err != nil {
+		t.Fatalf("VmSwap: %v", err)
+	}
+	return kib
+}
+
+func TestScanDirtyFindsSwappedPages(t *testing.T) {
+	needRoot(t)
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil || info.Freeswap == 0 {
+		t.Skipf("needs swap space, there is none (%v)", err)
+	}
+	img := newTestImage(4)
+	shared := newTestShared(t, img)
+	srv := newTestServer(t, Options{})
+	v := startVictim(t, shared, victimOptions{})
+	a := mustInject(t, v, shared, -1)
+	rec := a.Record()
+	mustAdd(t, srv, "v", a)
+	want := img.content()
+	var pages []int64
+	for p := int64(100); p < 164; p++ {
+		v.do("poke %d 1", p*pageSize)
+		want[p*pageSize] = 1
+		pages = append(pages, p)
+	}
+	v.do("sum 0 %d", img.size)
+	v.do("pageout 0 %d", img.size)
+	if n := swapped(t, v.pid()); n < 64*4 {
+		t.Skipf("needs a kernel that swaps out on demand: %d of %d KiB are", n, 64*4)
+	}
+	for name, scan := range map[string]scanFunc{"PAGEMAP_SCAN": scanKernel, "/proc/<pid>/pagemap": scanPagemap} {
+		var got []int64
+		err := scanDirty(rec.PID, rec.Addr, rec.Length, func(off, n int64) error {
+			for ; n > 0; off, n = off+pageSize, n-pageSize {
+				got = append(got, off/pageSize)
+			}
+			return nil
+		}, scan)
+		if !errors.Is(err, errNoScan) && (err != nil || !slices.Equal(got, pages)) {
+			t.Errorf("%s: pages %v, %v, want %v", name, got, err, pages)
+		}
+	}
+	// Swapped pages of the shared image come back from swap, not by fault.
+	if there, err := shared.present(0); err != nil || !there {
+		t.Errorf("a page of the shared image that was swapped out is gone, %v", err)
+	}
+	v.wantSum(want)
+}
+
+func TestAdoptDropsZeros(t *testing.T) {
+	needRoot(t)
+	img := newTestImage(4)
+	shared := newTestShared(t, img)
+	srv := newTestServer(t, Options{})
+	if _, err := srv.Prefetch(context.Background(), shared, []uint32{0, 1}); err != nil {
+		t.Fatal(err)
+	}
+	filled := shared.Resident()
+	for _, off := range []int64{img.zeroFrom, img.size - pageSize} { // zeros and data by the image
+		if _, err := shared.File().WriteAt(make([]byte, pageSize), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dup, err := unix.FcntlInt(shared.File().Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	adopted, err := AdoptShared("adopted", os.NewFile(uintptr(dup), "memfd"), img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer adopted.Close()
+	if adopted.Resident() != filled || adopted.count.Load()*pageSize != filled {
+		t.Errorf("%d bytes resident, %d pages counted, %d bytes were filled", adopted.Resident(), adopted.count.Load(), filled)
+	}
+	if _, err := AdoptShared("wrong size", shared.File(), newTestImage(8)); err == nil {
+		t.Error("adopted a memfd of another size")
+	}
+}
+
+func TestBadArguments(t *testing.T) {
+	for _, size := range []int64{0, -4096, 4095} {
+		if _, err := NewShared("uffd-test-bad", &testImage{size: size}); err == nil {
+			t.Errorf("image of %d bytes accepted", size)
+		}
+	}
+	for _, name := range []string{"", strings.Repeat("x", 201)} {
+		if _, err := NewShared(name, newTestImage(1)); err == nil {
+			t.Errorf("name of %d bytes accepted", len(name))
+		}
+	}
+	for _, size := range []int{1, 4095, 12288, 4 << 20, -4096} {
+		if _, err := NewServer(Options{ClusterSize: size}); err == nil {
+			t.Errorf("cluster size %d accepted", size)
+		}
+	}
+	for _, line := range []string{"", "1-2", "zz-2 rw-s 0 0:1 5", "2-1 rw-s 0 0:1 5", "1-2 rw-s x 0:1 5", "1-2 rw-s 0 01 5", "1-2 rw-s 0 0:1 x", "1 rw-s 0 0:1 5"} {
+		if v, err := parseVMA(line); err == nil {
+			t.Errorf("maps line %q parsed as %+v", line, v)
+		}
+	}
+	v, err := parseVMA("7f0000000000-7f0000002000 rw-s 00001000 00:01 1034                       /memfd:a b (deleted)")
+	if err != nil || v.start != 0x7f0000000000 || v.length() != 0x2000 || v.offset != 0x1000 || v.inode != 1034 || v.dev != unix.Mkdev(0, 1) || v.path != "/memfd:a b (deleted)" {
+		t.Errorf("parsed %+v, %v", v, err)
+	}
+}
+
 func TestServingAllocatesNothing(t *testing.T) {
 	needRoot(t)
 	img := newTestImage(4)
@@ -614,3 +732,43 @@ func TestServingAllocatesNothing(t *testing.T) {
 		t.Errorf("%v allocations per batch of events", n)
 	}
 }
+
+// BenchmarkFault measures what a guest waits for a page: a fault of a process
+// through the kernel, the poller, a worker and back, image in RAM. One
+// operation touches 64 MiB in one thread.
+func BenchmarkFault(b *testing.B) {
+	if os.Geteuid() != 0 {
+		b.Skip("needs root: it attaches to a process by ptrace")
+	}
+	for _, cluster := range []int{4 << 10, 64 << 10} {
+		b.Run(fmt.Sprintf("%dKiB", cluster>>10), func(b *testing.B) {
+			img := &testImage{size: 64 << 20}
+			// From memory, so that the image costs nothing.
+			content := img.content()
+			shared := newTestShared(b, &memImage{testImage: img, content: content})
+			srv := newTestServer(b, Options{ClusterSize: cluster})
+			v := startVictim(b, shared, victimOptions{})
+			mustAdd(b, srv, "v", mustInject(b, v, shared, -1))
+			b.SetBytes(img.size)
+			for b.Loop() {
+				if err := shared.Punch(0, img.size); err != nil {
+					b.Fatal(err)
+				}
+				v.do("touch 1")
+			}
+			st, _ := srv.Stats("v")
+			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(st.Faults), "µs/fault")
+			b.ReportMetric(float64(st.Faults)/float64(b.N), "faults/op")
+		})
+	}
+}
+
+// memImage is a testImage whose content has been computed.
+type memImage struct {
+	*testImage
+	content []byte
+}
+
+func (m *memImage) Span(off int64) (format.Kind, int64) { return format.Data, m.size - off }
+
+func (m *memImage) ReadAt(p []byte, off int64) (int, error) { return copy(p, m.content[off:]), nil }

@@ -176,6 +176,11 @@ func (v *victim) do(f []string) string {
 		}
 		wg.Wait()
 		return "ok"
+	case "pageout": // off n
+		if err := unix.Madvise(v.mem[num(1):num(1)+num(2)], unix.MADV_PAGEOUT); err != nil {
+			victimFail("pageout", err)
+		}
+		return "ok"
 	case "ping":
 		return "ok"
 	case "block":
@@ -273,7 +278,7 @@ func (v *victim) unblock() string {
 // --- the test's side of a victim --------------------------------------------
 
 type victimProc struct {
-	t     *testing.T
+	t     testing.TB
 	cmd   *exec.Cmd
 	stdin io.WriteCloser
 	out   *bufio.Reader
@@ -285,7 +290,7 @@ type victimOptions struct {
 	uid   uint32
 }
 
-func startVictim(t *testing.T, shared *Shared, o victimOptions) *victimProc {
+func startVictim(t testing.TB, shared *Shared, o victimOptions) *victimProc {
 	t.Helper()
 	// The magic link, because another uid may not reach the path.
 	cmd := exec.Command("/proc/self/exe")
@@ -329,7 +334,7 @@ func startVictim(t *testing.T, shared *Shared, o victimOptions) *victimProc {
 
 // watch waits by pidfd and reaps afterwards: a wait for a child would be given
 // the ptrace stops of this process's other threads.
-func (v *victimProc) watch(t *testing.T) {
+func (v *victimProc) watch(t testing.TB) {
 	defer close(v.done)
 	fd, err := unix.PidfdOpen(v.pid(), 0)
 	if err != nil {
@@ -391,7 +396,7 @@ func (v *victimProc) wantDead() {
 
 // --- helpers ----------------------------------------------------------------
 
-func needRoot(t *testing.T) {
+func needRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: it attaches to a process by ptrace and makes a userfaultfd for kernel faults")
@@ -400,7 +405,7 @@ func needRoot(t *testing.T) {
 
 var sharedNumber atomic.Int64
 
-func newTestShared(t *testing.T, src Source) *Shared {
+func newTestShared(t testing.TB, src Source) *Shared {
 	t.Helper()
 	s, err := NewShared(fmt.Sprintf("uffd-test-%d-%d", os.Getpid(), sharedNumber.Add(1)), src)
 	if err != nil {
@@ -414,7 +419,7 @@ func newTestShared(t *testing.T, src Source) *Shared {
 	return s
 }
 
-func newTestServer(t *testing.T, o Options) *Server {
+func newTestServer(t testing.TB, o Options) *Server {
 	t.Helper()
 	s, err := NewServer(o)
 	if err != nil {
@@ -424,7 +429,7 @@ func newTestServer(t *testing.T, o Options) *Server {
 	return s
 }
 
-func mustInject(t *testing.T, v *victimProc, s *Shared, devFD int) *Attachment {
+func mustInject(t testing.TB, v *victimProc, s *Shared, devFD int) *Attachment {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
@@ -437,7 +442,7 @@ func mustInject(t *testing.T, v *victimProc, s *Shared, devFD int) *Attachment {
 	return a
 }
 
-func mustAdd(t *testing.T, s *Server, id string, a *Attachment) {
+func mustAdd(t testing.TB, s *Server, id string, a *Attachment) {
 	t.Helper()
 	if err := s.Add(id, a); err != nil {
 		t.Fatal(err)
