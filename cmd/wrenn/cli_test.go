@@ -319,6 +319,19 @@ func TestCompletion(t *testing.T) {
 	}
 }
 
+func TestVersion(t *testing.T) {
+	t.Setenv("WRENN_URL", "nonsense") // it needs no server
+	if r := wrenn(t, "version"); r.code != 0 || !strings.HasPrefix(r.stdout, "wrenn ") {
+		t.Errorf("version: %+v", r)
+	}
+	if r := wrenn(t, "version", "-q"); r.stdout != version()+"\n" || version() == "" {
+		t.Errorf("version -q: %+v", r)
+	}
+	if r := wrenn(t, "version", "--json"); !strings.Contains(r.stdout, `"version": "`+version()+`"`) {
+		t.Errorf("version --json: %+v", r)
+	}
+}
+
 // The help and docs/cli.md must tell the same exit codes, and every command
 // must be in the document.
 func TestDocumentIsComplete(t *testing.T) {

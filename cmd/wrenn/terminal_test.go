@@ -302,6 +302,13 @@ func TestProgressIsForTerminals(t *testing.T) {
 		t.Fatalf("exit code %d: %s", code, tm.text())
 	}
 	tm.wait(t, "100%")
+	dir := t.TempDir()
+	write(t, dir, map[string]string{"a": strings.Repeat("x", 1<<20), "sub/b": strings.Repeat("y", 1<<20)})
+	tm = onTerminal(t, "sandbox", "cp", dir, "sb1:/up")
+	if code := exitOf(t, tm.cmd); code != 0 {
+		t.Fatalf("exit code %d: %s", code, tm.text())
+	}
+	tm.wait(t, "100%") // of the whole directory
 	tm = onTerminal(t, "sandbox", "cp", "-q", "sb1:/big/30000000", "/dev/null")
 	if code := exitOf(t, tm.cmd); code != 0 || tm.text() != "" {
 		t.Errorf("-q: exit code %d, printed %q", code, tm.text())
