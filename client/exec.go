@@ -22,7 +22,7 @@ type ExecRequest struct {
 	Cwd string
 	// User runs it; empty means the template's default user.
 	User string
-	// TimeoutSec ends the command after so many seconds; 0 means no limit.
+	// TimeoutSec ends the command after so many seconds; 0 leaves the server's own limit.
 	TimeoutSec int
 	// Stdin is its whole input for Exec (less than 1 MiB, with all the rest of
 	// the request), and the beginning of it for streams.

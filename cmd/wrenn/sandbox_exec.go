@@ -100,7 +100,7 @@ With --json the command runs to its end and the result is printed as one object
 		},
 	}
 	f.add(cmd)
-	cmd.Flags().DurationVar(&timeout, "timeout", 0, "end the command after this time (default: no limit)")
+	cmd.Flags().DurationVar(&timeout, "timeout", 0, "end the command after this time (default: the server's limit)")
 	cmd.Flags().BoolVarP(&interactive, "interactive", "i", false, "send standard input even from a terminal")
 	cmd.Flags().BoolVarP(&noStdin, "no-stdin", "n", false, "send no standard input")
 	cmd.MarkFlagsMutuallyExclusive("interactive", "no-stdin")
