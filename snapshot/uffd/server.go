@@ -110,8 +110,9 @@ func (s *Server) Add(id string, a *Attachment) error {
 	return nil
 }
 
-// Remove stops serving an attachment and lets go of it. The VM is not ended:
-// faults of a living one wait until it is attached to again.
+// Remove stops serving an attachment and lets go of it; it is due for a VM that
+// has ended, too. A living one is not ended: its faults wait until it is
+// attached to again.
 func (s *Server) Remove(id string) error {
 	s.mu.Lock()
 	v := s.served[id]
