@@ -22,16 +22,16 @@ func (s *Service) use(ctx context.Context, id, op string) (end func(), err error
 	if sb.Status != StatusRunning {
 		return nil, wrongState(sb, op, string(StatusRunning))
 	}
-	touch := func() {
+	// While it lasts, seen gives the present time; no write is needed.
+	s.active.add(id, 1)
+	return func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 		defer cancel()
 		if err := s.store.TouchSandbox(ctx, id, s.now()); err != nil {
 			s.log.WarnContext(ctx, "write last_active_at", "sandbox", id, "err", err)
 		}
-	}
-	s.active.add(id, 1)
-	touch()
-	return func() { touch(); s.active.add(id, -1) }, nil
+		s.active.add(id, -1)
+	}, nil
 }
 
 // CheckRunning tells whether a sandbox takes commands now, without starting

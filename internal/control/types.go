@@ -21,8 +21,8 @@ type Sandbox struct {
 	CreatedAt time.Time
 	// StartedAt is when the present run began.
 	StartedAt time.Time
-	// LastActiveAt is when a command or a file transfer last began or ended;
-	// while one is running, reading gives the present time.
+	// LastActiveAt is when a command or a file transfer last ended; while one
+	// is running, reading gives the present time.
 	LastActiveAt time.Time
 	// ExpiresAt is when the present run reaches its limit.
 	ExpiresAt time.Time

@@ -8,8 +8,10 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/getkin/kin-openapi/openapi3"
@@ -55,31 +57,32 @@ func setup(t *testing.T) *server {
 	}
 	s.Server = httptest.NewServer(httpapi.New(httpapi.Options{Service: s.svc, Logger: log, Metrics: metrics}))
 	t.Cleanup(s.Close)
-	s.doc = document(t, s.URL)
+	s.doc = document(t)
 	return s
 }
 
-// document loads openapi.yaml as it is served.
-func document(t *testing.T, url string) routers.Router {
-	t.Helper()
-	res, err := http.Get(url + "/openapi.yaml")
+// loadDocument reads and validates openapi.yaml once for all tests, which only
+// read it.
+var loadDocument = sync.OnceValues(func() (*openapi3.T, error) {
+	doc, err := openapi3.NewLoader().LoadFromFile("openapi.yaml")
 	if err != nil {
-		t.Fatal(err)
-	}
-	defer res.Body.Close()
-	b, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	doc, err := openapi3.NewLoader().LoadFromData(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := doc.Validate(t.Context()); err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	doc.Servers = nil
-	r, err := gorillamux.NewRouter(doc)
+	return doc, doc.Validate(context.Background())
+})
+
+var loadRouter = sync.OnceValues(func() (routers.Router, error) {
+	doc, err := loadDocument()
+	if err != nil {
+		return nil, err
+	}
+	return gorillamux.NewRouter(doc)
+})
+
+func document(t *testing.T) routers.Router {
+	t.Helper()
+	r, err := loadRouter()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -224,7 +227,13 @@ func TestEveryRoute(t *testing.T) {
 	s := setup(t)
 	s.want(t, "GET", "/healthz", nil, 200)
 	s.want(t, "GET", "/readyz", nil, 200)
-	s.want(t, "GET", "/openapi.yaml", nil, 200)
+	file, err := os.ReadFile("openapi.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if served := s.want(t, "GET", "/openapi.yaml", nil, 200); !bytes.Equal(served.body, file) {
+		t.Error("the document served is not the file")
+	}
 
 	sb := s.create(t, m{"template": "base", "vcpus": 2, "memory_mb": 256, "timeout_sec": 600, "auto_pause": true,
 		"metadata": m{"team": "red", "x": "1"}, "envs": m{"A": "b"}})
@@ -291,7 +300,7 @@ func TestEveryRoute(t *testing.T) {
 
 func (s *server) everyOperationAnswered(t *testing.T) {
 	t.Helper()
-	doc, err := openapi3.NewLoader().LoadFromFile("openapi.yaml")
+	doc, err := loadDocument()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -300,7 +300,7 @@ func TestRandomJSONIsNoServerError(t *testing.T) {
 	}
 	paths := []string{"/v1/sandboxes", "/v1/sandboxes/" + sb.ID + "/exec", "/v1/sandboxes/" + sb.ID + "/timeout",
 		"/v1/sandboxes/" + sb.ID + "/pause", "/v1/sandboxes/" + sb.ID + "/resume", "/v1/sandboxes/" + sb.ID + "/fork", "/v1/snapshots"}
-	for range 400 {
+	for range 250 {
 		o := m{}
 		for range r.IntN(5) {
 			o[keys[r.IntN(len(keys))]] = value(0)
