@@ -130,7 +130,6 @@ func (s *Server) handlePostFiles(w http.ResponseWriter, r *http.Request) {
 	}
 	files, err := s.receiveFiles(r)
 	if err != nil {
-		drain(r.Body)
 		writeError(w, err)
 		return
 	}

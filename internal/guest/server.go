@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math"
 	"net"
@@ -226,7 +225,3 @@ func (c *connections) closeOthers(ctx context.Context) int {
 	}
 	return len(others)
 }
-
-// drain reads the rest of a small body so that the connection can be used
-// again after an error; a large one is not worth it.
-func drain(r io.Reader) { _, _ = io.CopyN(io.Discard, r, 64<<10) }
