@@ -3,7 +3,6 @@ package snapshot
 import (
 	"errors"
 	"fmt"
-	"io"
 	"sync"
 	"sync/atomic"
 
@@ -117,7 +116,8 @@ func (i *Image) ReadAt(p []byte, off int64) (int, error) {
 	return done, end
 }
 
-// Close gives the handle back. The files close with the last handle.
+// Close gives the handle back, which must not be reading any more. The files
+// close with the last handle.
 func (i *Image) Close() error {
 	i.once.Do(func() { i.err = i.core.release() })
 	return i.err
@@ -231,7 +231,7 @@ func (c *imageCore) build(i uint32) (*build, error) {
 		}
 		b = c.builds[i].Load()
 		if b == nil {
-			return nil, fmt.Errorf("read image %s: %w", c.id, io.ErrClosedPipe)
+			return nil, fmt.Errorf("read image %s: %w", c.id, ErrClosed)
 		}
 	}
 	return b, nil

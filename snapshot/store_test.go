@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"git.omukk.dev/wrenn/sandbox/snapshot/block"
@@ -463,4 +464,66 @@ func FuzzManifest(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Readers, writers and GC at once: nobody sees another's work half done.
+func TestConcurrentUse(t *testing.T) {
+	s := openStore(t, snaptest.NewFS())
+	m, base := snap(t, s, 8*blockSize, nil, change{data: pages(1, 2, 3, 4)})
+	var wg sync.WaitGroup
+	for g := range 4 {
+		wg.Go(func() {
+			for i := range 10 {
+				fill := byte(10 + g*10 + i)
+				w, err := makeImage(s, base.Size(), base, change{block: 1, data: pages(fill)})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				txn, err := s.Begin()
+				if err == nil && i%3 != 0 {
+					err = txn.Commit(bg, Manifest{Kind: KindPause, Memory: ImageRef{ID: w.ID()}})
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				img, err := s.OpenImage(w.ID())
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				got := make([]byte, 4*blockSize)
+				if _, err := img.ReadAt(got, 0); err != nil || !bytes.Equal(got, pages(1, fill, 3, 4)) {
+					t.Errorf("image reads wrong: %v", err)
+				}
+				if err := errors.Join(img.Close(), txn.Abort(), w.Abort()); err != nil {
+					t.Error(err)
+				}
+				if i%3 == 1 {
+					if err := s.Delete(bg, txn.ID()); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	for range 20 {
+		if _, err := s.GC(bg, nil, false); err != nil {
+			t.Error(err)
+		}
+	}
+	wg.Wait()
+	_, err := s.GC(bg, nil, false)
+	must(t, err)
+	ms, errs := s.Manifests()
+	if len(ms) != 4*3+1 || len(errs) != 0 {
+		t.Fatalf("%d snapshots, %v; want %d", len(ms), errs, 4*3+1)
+	}
+	problems, err := s.Verify(bg, nil)
+	must(t, err)
+	if len(problems) != 0 {
+		t.Fatal(problems)
+	}
+	must(t, s.Delete(bg, m.ID))
 }

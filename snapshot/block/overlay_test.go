@@ -450,3 +450,82 @@ func FuzzMapHeader(f *testing.F) {
 		}
 	})
 }
+
+// A zero block keeps its meaning even when its storage could not be given back.
+func TestPartOfAZeroBlockWhoseHoleFailed(t *testing.T) {
+	f := snaptest.NewFS()
+	o := open(t, f)
+	_, err := o.WriteAt(bytes.Repeat([]byte{7}, BlockSize), BlockSize)
+	must(t, err)
+	f.FailWith(func(_ int, what string) error {
+		if what[:5] == "punch" {
+			return syscall.EIO
+		}
+		return nil
+	})
+	if err := o.Zero(BlockSize, BlockSize); !errors.Is(err, syscall.EIO) {
+		t.Fatalf("zero: %v, want EIO", err)
+	}
+	f.FailWith(nil)
+	must(t, o.Close())
+	o = open(t, f.Restart())
+	_, err = o.WriteAt([]byte{9}, BlockSize+5)
+	must(t, err)
+	want := make([]byte, BlockSize)
+	want[5] = 9
+	if got := content(t, o)[BlockSize : 2*BlockSize]; !bytes.Equal(got, want) {
+		t.Fatal("bytes from before the zero came back")
+	}
+}
+
+// hookFS calls afterSync when a file has been synced.
+type hookFS struct {
+	*snaptest.FS
+	afterSync func(name string)
+}
+
+type hookFile struct {
+	storage.File
+	fs *hookFS
+}
+
+func (f *hookFS) Create(name string) (storage.File, error) {
+	h, err := f.FS.Create(name)
+	return &hookFile{h, f}, err
+}
+
+func (f *hookFS) OpenRW(name string) (storage.File, error) {
+	h, err := f.FS.OpenRW(name)
+	if err != nil {
+		return nil, err
+	}
+	return &hookFile{h, f}, nil
+}
+
+func (h *hookFile) Sync() error {
+	err := h.File.Sync()
+	h.fs.afterSync(h.Name())
+	return err
+}
+
+// What is written while a Flush runs may be lost, but must not be marked as if
+// its data had been synced.
+func TestWriteDuringFlush(t *testing.T) {
+	f := &hookFS{FS: snaptest.NewFS(), afterSync: func(string) {}}
+	o := open(t, f)
+	_, err := o.WriteAt([]byte{7}, 0)
+	must(t, err)
+	f.afterSync = func(name string) {
+		if name == "/o.data" {
+			_, err := o.WriteAt(bytes.Repeat([]byte{9}, BlockSize), 3*BlockSize)
+			must(t, err)
+		}
+	}
+	must(t, o.Flush())
+	lost := open(t, f.Crash(nil))
+	want := bytes.Repeat([]byte{baseFill}, testSize)
+	want[0] = 7
+	if !bytes.Equal(content(t, lost), want) {
+		t.Fatal("a block that was never synced is marked as data")
+	}
+}
