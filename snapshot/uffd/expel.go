@@ -91,8 +91,7 @@ func (s *Shared) expelPage(off int64) error {
 			return err
 		}
 	}
-	differs := s.sameAs(want, off)
-	return errors.Join(differs, s.punch(off, pageSize))
+	return errors.Join(s.sameAs(want, off), s.punch(off, pageSize))
 }
 
 // sameAs checks a page that was there before us against what belongs there.
@@ -105,4 +104,14 @@ func (s *Shared) sameAs(want []byte, off int64) error {
 		return fmt.Errorf("page at %d: %w", off, ErrPoisoned)
 	}
 	return nil
+}
+
+// keepOrPunch is sameAs for a page met while filling: a wrong one is not left
+// for the next VM to read.
+func (s *Shared) keepOrPunch(want []byte, off int64) error {
+	err := s.sameAs(want, off)
+	if errors.Is(err, ErrPoisoned) {
+		err = errors.Join(err, s.punch(off, pageSize))
+	}
+	return err
 }

@@ -83,7 +83,13 @@ func (v *served) zeroRun(off, cluster int64) error {
 			if kind != format.Zero {
 				return fmt.Errorf("image changed its mind about the block at %d", off)
 			}
-			return zeroPages(v.fd, v.rec.Addr+uintptr(start), n)
+			err := zeroPages(v.fd, v.rec.Addr+uintptr(start), n)
+			if errors.Is(err, unix.ESRCH) {
+				// The memory went with its process, moments before the
+				// pidfd tells: nobody waits any more.
+				return nil
+			}
+			return err
 		}
 		start += n
 	}

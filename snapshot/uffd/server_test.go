@@ -279,3 +279,42 @@ type memImage struct {
 func (m *memImage) Span(off int64) (format.Kind, int64) { return format.Data, m.size - off }
 
 func (m *memImage) ReadAt(p []byte, off int64) (int, error) { return copy(p, m.content[off:]), nil }
+
+func TestFaultOfAProcessThatEndedIsNoNews(t *testing.T) {
+	needRoot(t)
+	img := newTestImage(4)
+	shared := newTestShared(t, img)
+	srv := newTestServer(t, Options{OnFatal: func(id string, err error) { t.Errorf("fatal %s: %v", id, err) }})
+	v := startVictim(t, shared, victimOptions{})
+	mustAdd(t, srv, "v", mustInject(t, v, shared, -1))
+	v.cmd.Process.Kill()
+	v.wantDead()
+	buf := make([]byte, DefaultClusterSize)
+	for _, off := range []int64{0, img.zeroFrom} {
+		if err := srv.serve(srv.served["v"], buf, off); err != nil {
+			t.Errorf("fault at %d: %v", off, err)
+		}
+	}
+	srv.fatal(srv.served["v"], errors.New("too late to matter"))
+}
+
+func TestWrongPageMetWhileFillingIsReplaced(t *testing.T) {
+	needRoot(t)
+	img := newTestImage(4)
+	shared := newTestShared(t, img)
+	reports := make(chan error, 2)
+	srv := newTestServer(t, Options{OnFatal: func(id string, err error) { reports <- err }})
+	v := startVictim(t, shared, victimOptions{})
+	mustAdd(t, srv, "v", mustInject(t, v, shared, -1))
+	// Somebody writes into the second page of a cluster whose first is absent.
+	if _, err := shared.File().WriteAt([]byte("wrong"), pageSize); err != nil {
+		t.Fatal(err)
+	}
+	if got := v.do("peek 0"); got != fmt.Sprint(img.content()[0]) {
+		t.Errorf("page beside the wrong one reads %s", got)
+	}
+	v.wantSum(img.content())
+	if len(reports) != 0 {
+		t.Errorf("reported %v", <-reports)
+	}
+}

@@ -294,7 +294,7 @@ func (s *Shared) fillRun(buf []byte, off int64) error {
 		}
 		s.setOurs(p)
 	}
-	err := copyPages(s.uffd, s.mapping+uintptr(off), buf, func(o int64) error { return s.sameAs(buf[o:o+pageSize], off+o) })
+	err := copyPages(s.uffd, s.mapping+uintptr(off), buf, func(o int64) error { return s.keepOrPunch(buf[o:o+pageSize], off+o) })
 	if err != nil {
 		return fmt.Errorf("put %d bytes into the shared image at %d: %w", len(buf), off, err)
 	}
