@@ -55,7 +55,6 @@ printf 'LANG=C.UTF-8\n' >"$root/etc/default/locale"
 printf '[global]\nbreak-system-packages = true\ndisable-pip-version-check = true\n' >"$root/etc/pip.conf"
 
 # --- PID 1 is envd; these are the commands that talk to it by signal.
-ln -sf /usr/local/bin/envd "$root/usr/sbin/init"
 for verb in poweroff:USR2 halt:USR1 reboot:TERM; do
 	name=${verb%%:*}
 	printf '#!/bin/sh\nexec kill -s %s 1\n' "${verb##*:}" >"$root/usr/sbin/$name"

@@ -8,7 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// servicePath is the program PID 1 keeps running, and its only service.
+// servicePath is the guest agent in the root file system: PID 1 itself, and the
+// one service that it keeps running.
 const servicePath = "/usr/local/bin/envd"
 
 // baseEnv is the environment of the service before anybody logs in.

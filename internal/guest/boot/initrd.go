@@ -19,9 +19,6 @@ const (
 	diskPoll = 2 * time.Millisecond
 )
 
-// initPrograms are tried in order as PID 1 of the root file system.
-var initPrograms = []string{"/usr/local/bin/envd", "/sbin/init"}
-
 // Initrd is /init of the initramfs. It does not return: it becomes PID 1 of
 // the root file system, or turns the machine off and says why.
 func Initrd() {
@@ -114,11 +111,9 @@ func emptyInitramfs() {
 	}
 }
 
+// execInit goes on as PID 1 of the root file system, by the binary found there:
+// it is the one that the service runs too, so they share its pages.
 func execInit() error {
-	var errs []error
-	for _, p := range initPrograms {
-		err := unix.Exec(p, []string{p, "init"}, os.Environ())
-		errs = append(errs, fmt.Errorf("executing %s: %w", p, err))
-	}
-	return fmt.Errorf("the root file system has no init: %w", errors.Join(errs...))
+	err := unix.Exec(servicePath, []string{servicePath, "init"}, os.Environ())
+	return fmt.Errorf("executing %s of the root file system: %w", servicePath, err)
 }
