@@ -408,6 +408,9 @@ func TestEveryFlippedByteIsFound(t *testing.T) {
 			if strings.HasSuffix(name, "/data") && i%997 != 0 && i < len(content)-200 {
 				continue
 			}
+			if strings.HasSuffix(name, ".json") && i%3 != 0 {
+				continue // long, and one digest covers it
+			}
 			content[i] ^= 1 << (i % 8)
 			findFlip(t, f, name, i, want)
 			content[i] ^= 1 << (i % 8)
