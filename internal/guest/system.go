@@ -31,8 +31,8 @@ type System interface {
 	SetMachineID(id string) error
 	// WriteGeneration replaces RunDir/generation atomically.
 	WriteGeneration(generation string) error
-	// CloseConnections destroys the guest's TCP connections to elsewhere, but
-	// not those of the agent's own port. errors.ErrUnsupported: the kernel
+	// CloseConnections destroys the guest's TCP connections to elsewhere (by
+	// IPv4: a sandbox has nothing else), but not those of the agent's own port. errors.ErrUnsupported: the kernel
 	// cannot.
 	CloseConnections(agentPort int) (closed int, err error)
 	// BootID is the kernel's random id of this boot.
@@ -141,33 +141,41 @@ func (realSystem) BootID() (string, error) {
 
 func (realSystem) Sync() { unix.Sync() }
 
-// tcpListen is TCP_LISTEN of the kernel's states: all others are connections.
-const tcpListen = 10
+// liveStates are the kernel's TCP states of a connection that some program may
+// still use: not listening, closed, or only waiting for late packets.
+const liveStates = 1<<1 | 1<<2 | 1<<4 | 1<<5 | 1<<8 | 1<<9 | 1<<11
 
+// CloseConnections goes on until nothing is left: destroying one end resets
+// another one within the guest, which the kernel then refuses to destroy.
 func (realSystem) CloseConnections(agentPort int) (int, error) {
+	const passes = 3
 	closed := 0
 	var failed error
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		socks, err := netlink.SocketDiagTCP(family)
+	for range passes {
+		socks, err := netlink.SocketDiagTCP(unix.AF_INET)
+		if notInKernel(err) {
+			return closed, errors.ErrUnsupported
+		}
 		if err != nil {
+			return closed, fmt.Errorf("listing connections: %w", err)
+		}
+		failed = nil
+		for _, k := range socks {
+			if liveStates&(1<<k.State) == 0 || int(k.ID.SourcePort) == agentPort || !foreign(k.ID.Destination) {
+				continue
+			}
+			err := destroy(k)
 			if notInKernel(err) {
 				return closed, errors.ErrUnsupported
 			}
-			return closed, fmt.Errorf("listing connections: %w", err)
-		}
-		for _, k := range socks {
-			if k.State == tcpListen || int(k.ID.SourcePort) == agentPort || !foreign(k.ID.Destination) {
-				continue
-			}
-			switch err := destroy(k); {
-			case err == nil:
+			if err == nil {
 				closed++
-			case notInKernel(err):
-				return closed, errors.ErrUnsupported
-			case errors.Is(err, syscall.ENOENT): // it closed by itself
-			default:
+			} else if !errors.Is(err, syscall.ENOENT) {
 				failed = fmt.Errorf("closing the connection to %s: %w", k.ID.Destination, err)
 			}
+		}
+		if failed == nil {
+			break
 		}
 	}
 	return closed, failed
@@ -184,6 +192,5 @@ func destroy(k *netlink.Socket) error {
 // notInKernel tells that the kernel was built without the socket-diagnosis
 // module or without its destroy operation.
 func notInKernel(err error) bool {
-	return errors.Is(err, syscall.EOPNOTSUPP) ||
-		errors.Is(err, syscall.EPROTONOSUPPORT) || errors.Is(err, netlink.ErrNotImplemented)
+	return errors.Is(err, syscall.EOPNOTSUPP) || errors.Is(err, syscall.EPROTONOSUPPORT)
 }
