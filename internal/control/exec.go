@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -66,17 +67,28 @@ func (s *Service) Exec(ctx context.Context, id string, r ExecRequest) (_ ExecRes
 	defer cancel()
 	res, err := s.host.Exec(ctx, id, r)
 	if err != nil {
-		return res, s.lost(fmt.Errorf("exec in %s: %w", id, err))
+		return res, s.lost(ctx, id, fmt.Errorf("exec in %s: %w", id, err))
 	}
 	return res, nil
 }
 
-// lost passes on an error of a call into a sandbox; one that the host does not
-// agree about leads to a look at it.
-func (s *Service) lost(err error) error {
-	switch CodeOf(err) {
+// lost passes on an error of a call into a sandbox. One that broke because the
+// sandbox was paused or deleted meanwhile is the caller's to know, not a fault;
+// one that the host does not agree about leads to a look at it.
+func (s *Service) lost(ctx context.Context, id string, err error) error {
+	code := CodeOf(err)
+	switch code {
 	case CodeNotFound, CodeInvalidState, CodeHostUnavailable:
 		s.wake()
+	}
+	if code != CodeInternal && code != CodeHostUnavailable {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	if sb, rowErr := s.store.GetSandbox(ctx, id); rowErr == nil && sb.Status != StatusRunning {
+		return &Error{Code: CodeInvalidState, Err: err,
+			Message: fmt.Sprintf("sandbox %s did not stay running: it is %s", id, sb.Status)}
 	}
 	return err
 }
@@ -85,6 +97,7 @@ func (s *Service) lost(err error) error {
 // not stop the command.
 type Session struct {
 	stream ExecStream
+	lost   func(error) error
 	end    func()
 	once   sync.Once
 }
@@ -105,16 +118,26 @@ func (s *Service) ExecStream(ctx context.Context, id string, r ExecRequest) (*Se
 	if err != nil {
 		cancel()
 		end()
-		return nil, s.lost(fmt.Errorf("exec in %s: %w", id, err))
+		return nil, s.lost(ctx, id, fmt.Errorf("exec in %s: %w", id, err))
 	}
-	return &Session{stream: stream, end: func() { cancel(); end() }}, nil
+	return &Session{
+		stream: stream,
+		lost:   func(err error) error { return s.lost(ctx, id, err) },
+		end:    func() { cancel(); end() },
+	}, nil
 }
 
 // Send gives the command input. Not for two goroutines at once.
 func (x *Session) Send(in ExecInput) error { return x.stream.Send(in) }
 
 // Recv gives the next event; io.EOF after the last one.
-func (x *Session) Recv() (ExecEvent, error) { return x.stream.Recv() }
+func (x *Session) Recv() (ExecEvent, error) {
+	ev, err := x.stream.Recv()
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = x.lost(err)
+	}
+	return ev, err
+}
 
 // Drain waits for the command's end and drops its output: what is left to do
 // when the client has gone, so that last_active_at moves when it ends.
@@ -146,7 +169,7 @@ func (s *Service) ReadFile(ctx context.Context, id string, f FileRef) (FileEntry
 	e, r, err := s.host.ReadFile(ctx, id, f)
 	if err != nil {
 		end()
-		return e, nil, s.lost(fmt.Errorf("read file in %s: %w", id, err))
+		return e, nil, s.lost(ctx, id, fmt.Errorf("read file in %s: %w", id, err))
 	}
 	return e, &trackedReader{ReadCloser: r, end: end}, nil
 }
@@ -221,7 +244,7 @@ func fileCall[T any](s *Service, ctx context.Context, id, op string, call func(c
 	// An upload takes as long as its client sends; its end bounds the call.
 	v, err := call(context.WithoutCancel(ctx))
 	if err != nil {
-		return zero, s.lost(fmt.Errorf("%s in %s: %w", op, id, err))
+		return zero, s.lost(ctx, id, fmt.Errorf("%s in %s: %w", op, id, err))
 	}
 	return v, nil
 }
@@ -233,7 +256,7 @@ func (s *Service) Metrics(ctx context.Context, id string) (Metrics, error) {
 	}
 	m, err := s.host.Metrics(ctx, id)
 	if err != nil {
-		return m, s.lost(fmt.Errorf("metrics of %s: %w", id, err))
+		return m, s.lost(ctx, id, fmt.Errorf("metrics of %s: %w", id, err))
 	}
 	return m, nil
 }

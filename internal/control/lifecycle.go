@@ -41,12 +41,15 @@ func (s *Service) Create(ctx context.Context, p CreateParams) (_ Sandbox, err er
 func (s *Service) template(ctx context.Context, name string) (Template, error) {
 	t, err := s.store.GetTemplate(ctx, name)
 	if errors.Is(err, ErrNotFound) {
-		if err := s.reconcileTemplates(ctx); err != nil {
+		list, err := s.reconcileTemplates(ctx)
+		if err != nil {
 			return t, err
 		}
-		t, err = s.store.GetTemplate(ctx, name)
-	}
-	if errors.Is(err, ErrNotFound) {
+		for _, t := range list {
+			if t.Name == name {
+				return t, nil
+			}
+		}
 		return t, errorf(CodeNotFound, "template: there is no template or snapshot %q; GET /v1/snapshots lists them", name)
 	}
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -61,7 +62,7 @@ func (s *Service) runReconciler(ctx context.Context) {
 func (s *Service) Reconcile(ctx context.Context) (again bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if err := s.reconcileTemplates(ctx); err != nil {
+	if _, err := s.reconcileTemplates(ctx); err != nil {
 		return true, err
 	}
 	again, err = s.reconcileSandboxes(ctx)
@@ -254,51 +255,31 @@ func (s *Service) bury(ctx context.Context, id string) (again bool, err error) {
 	return false, nil
 }
 
-// reconcileTemplates makes the table of templates what the host has.
-func (s *Service) reconcileTemplates(ctx context.Context) error {
+// reconcileTemplates makes the table of templates what the host has, and gives
+// the host's list.
+func (s *Service) reconcileTemplates(ctx context.Context) ([]Template, error) {
 	seq := s.snapshots.Load()
 	rows, err := s.store.ListTemplates(ctx, TemplateFilter{})
 	if err != nil {
-		return fmt.Errorf("list templates: %w", err)
+		return nil, fmt.Errorf("list templates: %w", err)
 	}
 	list, err := s.host.ListSnapshots(ctx)
 	if err != nil {
-		return fmt.Errorf("list the host's templates: %w", err)
+		return nil, fmt.Errorf("list the host's templates: %w", err)
 	}
+	list = slices.DeleteFunc(list, func(t Template) bool {
+		bad := ValidateName("name", t.Name) != nil || (t.Type != TemplateBase && t.Type != TemplateSnapshot)
+		if bad {
+			s.log.WarnContext(ctx, "the host has a template of no known kind; leaving it alone", "name", t.Name, "type", t.Type)
+		}
+		return bad
+	})
 	have := map[string]bool{}
 	for _, r := range rows {
 		have[r.Name] = true
 	}
-	for _, t := range list {
-		if have[t.Name] {
-			delete(have, t.Name)
-			continue
-		}
-		if err := s.correctTemplate(ctx, seq, t, true); err != nil {
-			return err
-		}
-	}
-	for name := range have {
-		if err := s.correctTemplate(ctx, seq, Template{Name: name}, false); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// correctTemplate adds or removes one row, unless there has been an operation
-// on snapshots since the lists were read; the next look sees to it then.
-func (s *Service) correctTemplate(ctx context.Context, seq int64, t Template, exists bool) error {
-	release := s.names.try(t.Name)
-	if release == nil {
-		return nil
-	}
-	defer release()
-	if s.snapshots.Load() != seq {
-		return nil
-	}
-	var err error
-	if exists {
+	for i := range list {
+		t := &list[i]
 		if t.Type == TemplateBase {
 			t.VCPUs, t.MemoryMB = DefaultVCPUs, DefaultMemoryMB
 		}
@@ -306,13 +287,40 @@ func (s *Service) correctTemplate(ctx context.Context, seq int64, t Template, ex
 			t.CreatedAt = s.clock.Now()
 		}
 		t.CreatedAt = stamp(t.CreatedAt)
-		err = s.store.CreateTemplate(ctx, t)
-	} else {
-		err = s.store.DeleteTemplate(ctx, t.Name)
+		if have[t.Name] {
+			delete(have, t.Name)
+			continue
+		}
+		if err := s.correctTemplate(ctx, seq, t.Name, func() error { return s.store.CreateTemplate(ctx, *t) }); err != nil {
+			return nil, err
+		}
 	}
-	if err != nil && !errors.Is(err, ErrExists) && !errors.Is(err, ErrNotFound) {
-		return fmt.Errorf("correct template %s: %w", t.Name, err)
+	for name := range have {
+		if err := s.correctTemplate(ctx, seq, name, func() error { return s.store.DeleteTemplate(ctx, name) }); err != nil {
+			return nil, err
+		}
 	}
-	s.log.InfoContext(ctx, "took over the host's view", "template", t.Name, "exists", exists)
+	return list, nil
+}
+
+// correctTemplate adds or removes one row, unless there has been an operation
+// on snapshots since the lists were read; the next look sees to it then.
+func (s *Service) correctTemplate(ctx context.Context, seq int64, name string, correct func() error) error {
+	release := s.names.try(name)
+	if release == nil {
+		return nil
+	}
+	defer release()
+	if s.snapshots.Load() != seq {
+		return nil
+	}
+	err := correct()
+	if errors.Is(err, ErrExists) || errors.Is(err, ErrNotFound) {
+		return nil // Another look was quicker.
+	}
+	if err != nil {
+		return fmt.Errorf("correct template %s: %w", name, err)
+	}
+	s.log.InfoContext(ctx, "took over the host's view", "template", name)
 	return nil
 }

@@ -316,6 +316,23 @@ func TestRacesHaveOneWinner(t *testing.T) {
 		winners(t, errs[1], control.CodeInvalidState)
 		f.status(t, sb.ID, control.StatusRunning)
 	})
+	t.Run("pause and exec", func(t *testing.T) {
+		f := setup(t)
+		sb := f.create(t, control.CreateParams{})
+		errs := race(n/2,
+			func() error { _, err := f.Pause(context.Background(), sb.ID); return err },
+			func() error {
+				// It would run for ever: only the pause ends it.
+				_, err := f.Exec(context.Background(), sb.ID, control.ExecRequest{Cmd: "sleep"})
+				return err
+			})
+		if w := winners(t, errs[0], control.CodeInvalidState); w != 1 {
+			t.Errorf("%d pauses won", w)
+		}
+		if w := winners(t, errs[1], control.CodeInvalidState); w != 0 {
+			t.Errorf("%d commands that do not end ended", w)
+		}
+	})
 	t.Run("snapshot and pause", func(t *testing.T) {
 		f := setup(t)
 		sb := f.create(t, control.CreateParams{})

@@ -3,6 +3,7 @@ package controltest
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path"
@@ -169,7 +170,7 @@ func (p *process) recv(ctx context.Context) (control.ExecEvent, error) {
 	}
 	select {
 	case <-p.over:
-		return control.ExecEvent{}, Err(control.CodeInvalidState, "the sandbox stopped while the command ran")
+		return control.ExecEvent{}, errors.New("the guest agent ended the stream")
 	default:
 		return control.ExecEvent{}, io.EOF
 	}
