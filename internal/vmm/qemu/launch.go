@@ -19,7 +19,7 @@ const (
 	fdMemory  = 3
 	fdQMP     = 4
 	fdConsole = 5
-	fdExtra   = 6 // tap, then /dev/userfaultfd, where given
+	fdExtra   = 6 // tap, /dev/userfaultfd, kernel, initrd, where given
 )
 
 // logLimit bounds the console and QEMU's own messages, bytes each.
@@ -47,6 +47,8 @@ type launch struct {
 
 	console, stderr string
 	tapFD, uffdFD   int
+	nextFD          int
+	boot            []*os.File // kernel and initrd, ours to close
 }
 
 // newLaunch builds all but how the guest comes to be (kernel or state).
@@ -56,13 +58,14 @@ func newLaunch(o Options, info vmm.Info, binary string, h vmm.HostArgs, s vmm.Sp
 	if l.console == "" {
 		l.console = filepath.Join(h.Dir, "console.log")
 	}
-	next := fdExtra
+	l.nextFD = fdExtra
 	if h.Tap != nil {
-		l.tapFD = next
-		next++
+		l.tapFD = l.nextFD
+		l.nextFD++
 	}
 	if h.UffdDev != nil {
-		l.uffdFD = next
+		l.uffdFD = l.nextFD
+		l.nextFD++
 	}
 	l.args = l.base()
 	l.args = append(l.args, l.devices()...)
@@ -149,6 +152,26 @@ func cmdline(info vmm.Info) string {
 	return s
 }
 
+// load adds an option whose value is a file to read. QEMU gets it as a
+// descriptor, since its user may not be allowed to walk to the path.
+func (l *launch) load(option, path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	l.boot = append(l.boot, f)
+	l.args = append(l.args, option, "/proc/self/fd/"+strconv.Itoa(l.nextFD))
+	l.nextFD++
+	return nil
+}
+
+// close closes what load opened.
+func (l *launch) close() {
+	for _, f := range l.boot {
+		f.Close()
+	}
+}
+
 // start runs QEMU and shakes hands. On failure no process is left.
 func (l *launch) start(ctx context.Context) (*machine, error) {
 	var closers []*os.File
@@ -188,6 +211,7 @@ func (l *launch) start(ctx context.Context) (*machine, error) {
 	if l.host.UffdDev != nil {
 		files = append(files, l.host.UffdDev)
 	}
+	files = append(files, l.boot...)
 	boot, err := vmm.BootID()
 	if err != nil {
 		return nil, err

@@ -231,9 +231,15 @@ func (d *Driver) Boot(ctx context.Context, a vmm.BootArgs) (vmm.Machine, error) 
 
 func (d *Driver) boot(ctx context.Context, info vmm.Info, binary string, a vmm.BootArgs) (*machine, error) {
 	l := newLaunch(d.o, info, binary, a.HostArgs, a.Spec)
-	l.args = append(l.args, "-kernel", a.Kernel, "-append", cmdline(info)+" "+a.Cmdline)
+	defer l.close()
+	l.args = append(l.args, "-append", cmdline(info)+" "+a.Cmdline)
+	if err := l.load("-kernel", a.Kernel); err != nil {
+		return nil, fmt.Errorf("opening the kernel: %w", err)
+	}
 	if a.Initrd != "" {
-		l.args = append(l.args, "-initrd", a.Initrd)
+		if err := l.load("-initrd", a.Initrd); err != nil {
+			return nil, fmt.Errorf("opening the initrd: %w", err)
+		}
 	}
 	m, err := l.start(ctx)
 	if err != nil {
