@@ -31,8 +31,9 @@ type command struct {
 	env    []string
 }
 
-// newCommand resolves a configuration for a user of the guest.
-func (s *Server) newCommand(c *pb.ProcessConfig, u account) (*command, error) {
+// newCommand resolves a configuration for a user of the guest; tty tells that
+// it will have a terminal.
+func (s *Server) newCommand(c *pb.ProcessConfig, u account, tty bool) (*command, error) {
 	if err := checkConfig(c); err != nil {
 		return nil, err
 	}
@@ -44,6 +45,9 @@ func (s *Server) newCommand(c *pb.ProcessConfig, u account) (*command, error) {
 	env := map[string]string{
 		"HOME": u.home, "USER": u.name, "LOGNAME": u.name, "SHELL": u.shell,
 		"PATH": defaultPath, "PWD": dir,
+	}
+	if tty {
+		env["TERM"] = "xterm-256color"
 	}
 	maps.Copy(env, id.Envs)
 	maps.Copy(env, c.GetEnvs())

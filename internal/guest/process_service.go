@@ -60,7 +60,7 @@ func (ps processService) Start(ctx context.Context, req *connect.Request[pb.Star
 			return err
 		}
 	}
-	cmd, err := ps.s.newCommand(m.GetProcess(), user)
+	cmd, err := ps.s.newCommand(m.GetProcess(), user, o.pty)
 	if err != nil {
 		return err
 	}
