@@ -179,8 +179,31 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 		}
 	}()
 	s.push(func() error { cancel(); wg.Wait(); return nil })
+	if err := waitReady(ctx, service); err != nil {
+		return err
+	}
 	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log})
 	return nil
+}
+
+// waitReady returns when the control plane has taken in what the host has: who
+// is told that the server serves may ask for any template at once.
+func waitReady(ctx context.Context, service *control.Service) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond) // it is a matter of some calls
+	defer tick.Stop()
+	for {
+		err := service.Ready(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the control plane does not get ready: %w", err)
+		case <-tick.C:
+		}
+	}
 }
 
 // slotsInUse are the network slots that sandboxes go on using after us.

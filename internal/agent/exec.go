@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
+	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -202,12 +204,19 @@ func collect(c *command) (*agentv1.ExecResponse, error) {
 }
 
 // exitCode is the process's own, or 128 + n where signal n ended it, as
-// shells say it.
+// shells say it. The guest agent tells the signal by its name only.
 func exitCode(end *process.ProcessEvent_EndEvent) int32 {
-	if !end.Exited && end.ExitCode < 0 {
-		return 128 + 9
+	if end.Exited {
+		return end.ExitCode
 	}
-	return end.ExitCode
+	name, _ := strings.CutPrefix(end.Status, "signal: ")
+	name, _ = strings.CutSuffix(name, " (core dumped)")
+	for n := syscall.Signal(1); n < 32; n++ {
+		if n.String() == name {
+			return 128 + int32(n)
+		}
+	}
+	return 128
 }
 
 // ExecStream implements hostagent.v1.

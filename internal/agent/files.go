@@ -75,7 +75,12 @@ func (a *Agent) ReadFile(ctx context.Context, req *connect.Request[agentv1.ReadF
 	if err := httpError(resp); err != nil {
 		return a.wire(err)
 	}
-	if err := stream.Send(&agentv1.ReadFileResponse{Message: &agentv1.ReadFileResponse_Entry{Entry: entryOf(st.Msg.Entry)}}); err != nil {
+	entry := entryOf(st.Msg.Entry)
+	if resp.ContentLength >= 0 {
+		// What a link has is its own size; what comes is its target.
+		entry.Size = uint64(resp.ContentLength)
+	}
+	if err := stream.Send(&agentv1.ReadFileResponse{Message: &agentv1.ReadFileResponse_Entry{Entry: entry}}); err != nil {
 		return err
 	}
 	buf := make([]byte, fileChunk)

@@ -11,10 +11,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/block"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
@@ -115,12 +117,15 @@ func (s *Server) AttachMemory(ctx context.Context, req *connect.Request[pagerv1.
 	}
 	g.memory.attached = a
 	// The record comes first: a pager killed right after this must not leave
-	// a VM whose faults nobody knows of.
-	if err := s.settle(id, g); err != nil {
-		g.memory.attached = nil
-		return nil, wireError(err)
+	// a VM whose faults nobody knows of. The caller kills a VM whose
+	// attachment failed, so closing ours is safe.
+	err = s.settle(id, g)
+	if err == nil {
+		err = s.faults.Add(id, a)
 	}
-	if err := s.faults.Add(id, a); err != nil {
+	if err != nil {
+		g.memory.attached = nil
+		a.Close()
 		return nil, wireError(err)
 	}
 	r := a.Record()
@@ -274,7 +279,7 @@ func openDisk(store *snapshot.Store, rec diskRecord, log *slog.Logger) (*disk, e
 }
 
 func serveNBD(ctx context.Context, l net.Listener, dev nbd.Device, log *slog.Logger) error {
-	err := nbd.Serve(ctx, l, dev, nbd.Options{Logger: log})
+	err := nbd.Serve(ctx, l, dev, nbd.Options{Exclusive: true, Logger: log})
 	if err != nil && ctx.Err() == nil {
 		log.Error("the disk's server ended", "err", err)
 		return fmt.Errorf("serve the disk: %w", err)
@@ -283,27 +288,19 @@ func serveNBD(ctx context.Context, l net.Listener, dev nbd.Device, log *slog.Log
 }
 
 // recover takes up what the pager before this one served. A VM that died
-// meanwhile loses its record; one that cannot be taken up again is left
-// stopped at its next fault, and the engine is told why.
+// meanwhile loses its record. One that lives but cannot be served again is
+// killed, with the reason kept for the engine: it would stand still for ever.
 func (s *Server) recover() {
 	records, err := readRecords(s.opts.Dir)
 	if err != nil {
 		s.log.Error("some records of the last pager are lost", "err", err)
 	}
 	for _, r := range records {
-		g := &guest{}
 		log := s.log.With("sandbox", r.SandboxID)
-		if r.Disk != nil {
-			if g.disk, err = openDisk(s.opts.Store, *r.Disk, log); err != nil {
-				log.Error("cannot serve the disk again", "err", err)
-				g.disk = nil
-			}
-		}
-		if r.Memory != nil && r.Memory.Attachment != nil {
-			if g.memory, err = s.reattach(r); err != nil {
-				log.Warn("cannot serve the memory again", "err", err)
-				g.memory = nil
-			}
+		g := &guest{}
+		if err := s.recoverOne(r, g, log); err != nil {
+			s.log.Error("a sandbox cannot be served again", "sandbox", r.SandboxID, "err", err)
+			s.fatal[r.SandboxID] = err.Error()
 		}
 		if g.disk == nil && g.memory == nil {
 			if err := removeRecord(s.opts.Dir, r.SandboxID); err != nil {
@@ -314,6 +311,24 @@ func (s *Server) recover() {
 		s.guests[r.SandboxID] = g
 		log.Info("taken up again", "memory", g.memory != nil, "disk", g.disk != nil)
 	}
+}
+
+func (s *Server) recoverOne(r record, g *guest, log *slog.Logger) (err error) {
+	if r.Disk != nil {
+		if g.disk, err = openDisk(s.opts.Store, *r.Disk, log); err != nil {
+			// Its VM waits for the disk to come back; the engine ends it.
+			return fmt.Errorf("serve the disk again: %w", err)
+		}
+	}
+	if r.Memory == nil || r.Memory.Attachment == nil {
+		return nil
+	}
+	g.memory, err = s.reattach(r)
+	if err == nil || errors.Is(err, uffd.ErrGone) {
+		return nil
+	}
+	rec := r.Memory.Attachment
+	return errors.Join(fmt.Errorf("serve the memory again: %w", err), killProcess(rec.PID, rec.StartTime))
 }
 
 func (s *Server) reattach(r record) (*memory, error) {
@@ -371,6 +386,25 @@ func findFD(pid int, prefix string) (int, error) {
 		}
 	}
 	return -1, fmt.Errorf("process %d has no descriptor of %q", pid, prefix)
+}
+
+// killProcess ends a VM process if it is still the one that was attached.
+func killProcess(pid int, start uint64) error {
+	boot, err := vmm.BootID()
+	if err != nil {
+		return err
+	}
+	p, err := vmm.AdoptProcess(pid, start, boot)
+	if errors.Is(err, vmm.ErrGone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	return p.Kill(ctx)
 }
 
 func parseImageID(s string) (format.ID, error) {
