@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
@@ -320,10 +321,19 @@ func (up *upload) fill(f *os.File) error {
 	if err := up.checkSpace(f); err != nil {
 		return err
 	}
-	if err := f.Truncate(0); err != nil {
+	fi, err := f.Stat()
+	if err != nil {
 		return pathError(up.path, err)
 	}
-	if os.Geteuid() == 0 {
+	// Watchers see each of these two: they are done only where they change
+	// something.
+	if fi.Size() > 0 {
+		if err := f.Truncate(0); err != nil {
+			return pathError(up.path, err)
+		}
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if os.Geteuid() == 0 && (!ok || st.Uid != up.user.uid || st.Gid != up.user.gid) {
 		if err := f.Chown(int(up.user.uid), int(up.user.gid)); err != nil {
 			return pathError(up.path, err)
 		}
