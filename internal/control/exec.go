@@ -233,7 +233,9 @@ func (s *Service) RemoveFile(ctx context.Context, id string, f FileRef) error {
 	return err
 }
 
-// fileCall does one call into a running sandbox, detached from the request.
+// fileCall does one call into a running sandbox, detached from the request. The
+// limit is that of the longest command: an upload takes as long as its client
+// sends, and removing a great directory may take long.
 func fileCall[T any](s *Service, ctx context.Context, id, op string, call func(context.Context) (T, error)) (T, error) {
 	var zero T
 	end, err := s.use(ctx, id, op)
@@ -241,8 +243,9 @@ func fileCall[T any](s *Service, ctx context.Context, id, op string, call func(c
 		return zero, err
 	}
 	defer end()
-	// An upload takes as long as its client sends; its end bounds the call.
-	v, err := call(context.WithoutCancel(ctx))
+	callCtx, cancel := execContext(ctx, 0)
+	defer cancel()
+	v, err := call(callCtx)
 	if err != nil {
 		return zero, s.lost(ctx, id, fmt.Errorf("%s in %s: %w", op, id, err))
 	}

@@ -64,6 +64,7 @@ type process struct {
 	in     chan control.ExecInput
 	out    chan control.ExecEvent
 	closed chan struct{}
+	done   chan struct{} // the command has ended
 	pty    bool
 }
 
@@ -77,7 +78,7 @@ func (h *Host) start(id string, r control.ExecRequest) (*process, error) {
 	h.mu.Unlock()
 	p := &process{
 		over: over, in: make(chan control.ExecInput), out: make(chan control.ExecEvent, 16),
-		closed: make(chan struct{}), pty: r.Pty != nil,
+		closed: make(chan struct{}), done: make(chan struct{}), pty: r.Pty != nil,
 	}
 	go p.run(r)
 	return p, nil
@@ -96,6 +97,7 @@ func (p *process) emit(e control.ExecEvent) {
 
 func (p *process) run(r control.ExecRequest) {
 	defer close(p.out)
+	defer close(p.done)
 	p.emit(control.ExecEvent{Kind: control.EventStart, PID: 42})
 	exit := control.ExecEvent{Kind: control.EventExit}
 	out := func(b []byte) { p.emit(control.ExecEvent{Kind: control.EventStdout, Data: b}) }
@@ -152,8 +154,8 @@ func (p *process) Send(in control.ExecInput) error {
 		return io.EOF
 	case <-p.closed:
 		return io.EOF
-	case <-time.After(50 * time.Millisecond):
-		return io.EOF // The command takes no input.
+	case <-p.done:
+		return io.EOF
 	}
 }
 
