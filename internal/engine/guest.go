@@ -59,12 +59,15 @@ func (g *Guest) RoundTrip(req *http.Request) (*http.Response, error) {
 	return g.transport.RoundTrip(req)
 }
 
-// HTTP sends a request to one of the agent's plain HTTP paths. The URL's host
-// is not looked at.
+// HTTP sends a request to one of the agent's plain HTTP paths; a body is sent
+// as it is.
 func (g *Guest) HTTP(ctx context.Context, method, pathAndQuery string, body io.Reader) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, envdURL+pathAndQuery, body)
 	if err != nil {
 		return nil, err
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/octet-stream")
 	}
 	return g.RoundTrip(req)
 }

@@ -33,7 +33,7 @@ func (t *table) say(r row) {
 func (t *table) print() {
 	fmt.Fprintln(t.w)
 	tw := tabwriter.NewWriter(t.w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(tw, "STEP\tTIME\tWRITTEN\tPRIVATE MEMORY\t")
+	fmt.Fprintln(tw, pad("STEP")+"\tTIME\tWRITTEN\tPRIVATE MEMORY\t")
 	for _, r := range t.rows {
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t\n", pad(r.step), duration(r.took), size(r.written), size(r.private))
 	}

@@ -156,6 +156,22 @@ func (p Process) Kill() {
 	}
 }
 
+// Memory returns the bytes of RAM that the process holds, guest memory
+// included.
+func (p Process) Memory() int64 {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			kb, _ := strconv.ParseInt(strings.Fields(v)[0], 10, 64)
+			return kb << 10
+		}
+	}
+	return 0
+}
+
 // ProcessesOf lists the processes whose command line names a path: with a
 // state directory all of its processes, with a sandbox's directory its VM.
 func ProcessesOf(path string) []Process {
@@ -225,23 +241,6 @@ func DiskUsage(dir string) int64 {
 		return nil
 	})
 	return total
-}
-
-// FreeMemory returns the bytes of RAM that the host has available.
-func FreeMemory() int64 {
-	f, err := os.Open("/proc/meminfo")
-	if err != nil {
-		return 0
-	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		if v, ok := strings.CutPrefix(lines.Text(), "MemAvailable:"); ok {
-			kb, _ := strconv.ParseInt(strings.Fields(v)[0], 10, 64)
-			return kb << 10
-		}
-	}
-	return 0
 }
 
 // Sh runs a shell line in a sandbox and returns its output; anything but exit
