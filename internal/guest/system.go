@@ -153,7 +153,9 @@ func (realSystem) CloseConnections(agentPort int) (int, error) {
 	var failed error
 	for range passes {
 		socks, err := netlink.SocketDiagTCP(unix.AF_INET)
-		if notInKernel(err) {
+		// ENOENT here: the module is not there, as in Debian's kernels unless
+		// tcp_diag is loaded.
+		if notInKernel(err) || errors.Is(err, syscall.ENOENT) {
 			return closed, errors.ErrUnsupported
 		}
 		if err != nil {
