@@ -243,6 +243,23 @@ func DiskUsage(dir string) int64 {
 	return total
 }
 
+// FreeMemory returns the bytes of RAM that the host has available.
+func FreeMemory() int64 {
+	f, err := os.Open("/proc/meminfo")
+	if err != nil {
+		return 0
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		if v, ok := strings.CutPrefix(lines.Text(), "MemAvailable:"); ok {
+			kb, _ := strconv.ParseInt(strings.Fields(v)[0], 10, 64)
+			return kb << 10
+		}
+	}
+	return 0
+}
+
 // Sh runs a shell line in a sandbox and returns its output; anything but exit
 // code 0 is an error.
 func (s *Server) Sh(ctx context.Context, id, line string) (string, error) {
