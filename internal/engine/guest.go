@@ -30,14 +30,22 @@ const (
 type Guest struct {
 	token     string
 	transport *http.Transport
-	Process   processconnect.ProcessClient
-	Files     filesystemconnect.FilesystemClient
+	// hangUp closes every connection: the peer of one may be gone without a
+	// word, and a call that waits on it would wait for ever.
+	hangUp  context.CancelFunc
+	Process processconnect.ProcessClient
+	Files   filesystemconnect.FilesystemClient
 }
 
 func newGuest(slot Slot, token string) *Guest {
+	run, hangUp := context.WithCancel(context.Background())
 	t := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return slot.Dial(ctx, envdPort)
+			c, err := slot.Dial(ctx, envdPort)
+			if err != nil {
+				return nil, err
+			}
+			return runConn{c, context.AfterFunc(run, func() { c.Close() })}, nil
 		},
 		MaxIdleConnsPerHost: 16,
 		IdleConnTimeout:     time.Minute,
@@ -45,11 +53,22 @@ func newGuest(slot Slot, token string) *Guest {
 		// emulated CPU has better things to do than to compress.
 		DisableCompression: true,
 	}
-	g := &Guest{token: token, transport: t}
+	g := &Guest{token: token, transport: t, hangUp: hangUp}
 	c := &http.Client{Transport: g}
 	g.Process = processconnect.NewProcessClient(c, envdURL)
 	g.Files = filesystemconnect.NewFilesystemClient(c, envdURL)
 	return g
+}
+
+// runConn is a connection that ends with its run at the latest.
+type runConn struct {
+	net.Conn
+	forget func() bool
+}
+
+func (c runConn) Close() error {
+	c.forget()
+	return c.Conn.Close()
 }
 
 // RoundTrip adds the sandbox's token to every request.
@@ -85,7 +104,10 @@ func (e *Engine) Guest(id string) (*Guest, error) {
 	return r.guest, nil
 }
 
-func (g *Guest) close() { g.transport.CloseIdleConnections() }
+func (g *Guest) close() {
+	g.hangUp()
+	g.transport.CloseIdleConnections()
+}
 
 // initRequest makes a guest a new individual, or sets its clock.
 type initRequest struct {

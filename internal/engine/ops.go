@@ -236,6 +236,7 @@ func (e *Engine) endRun(ctx context.Context, sb *sandbox) error {
 	if err := r.machine.Kill(ctx); err != nil {
 		return fmt.Errorf("kill the VM: %w", err)
 	}
+	r.guest.close() // a dead guest says nothing, not even good-bye
 	// Only a dead VM may lose its page-fault server.
 	err := errors.Join(e.stopServing(ctx, sb), r.slot.Release(ctx))
 	r.letGo()
