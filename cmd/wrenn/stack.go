@@ -123,10 +123,15 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	}
 	d := e.Driver()
 	s.log.Info("the host is ready", "driver", d.Kind, "version", d.Version, "accelerator", d.Accel)
-	return e.ImportBase(ctx, engine.BaseFiles{
+	err = e.ImportBase(ctx, engine.BaseFiles{
 		Name: "base", Digest: base.Digest, Rootfs: base.Rootfs,
 		Kernel: base.Kernel, Initrd: base.Initrd, KernelDigest: base.KernelDigest,
 	}, nil)
+	if err != nil {
+		return err
+	}
+	pruneTemplates(ctx, o.dir, s.log)
+	return nil
 }
 
 // serveAgent serves hostagent.v1 on a unix socket and returns its client.
@@ -168,7 +173,10 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	if err := control.EnsureAPIKey(ctx, db, filepath.Join(o.dir, "api-key")); err != nil {
 		return err
 	}
-	service := control.New(control.Options{Store: db, Host: control.NewHost(client), Logger: s.log})
+	metrics := httpapi.NewMetrics()
+	service := control.New(control.Options{
+		Store: db, Host: control.NewHost(client), Logger: s.log, Observe: metrics.ObserveOperation,
+	})
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
 	wg.Add(1)
@@ -182,7 +190,7 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	if err := waitReady(ctx, service); err != nil {
 		return err
 	}
-	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log})
+	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log, Metrics: metrics})
 	return nil
 }
 

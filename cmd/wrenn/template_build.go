@@ -50,14 +50,34 @@ func buildTemplate(ctx context.Context, dir string, log *slog.Logger, w io.Write
 	}
 	progress, done := progressOn(w)
 	defer done()
-	r, err := template.Build(ctx, template.Options{
-		Dir: filepath.Join(cacheDir(dir), "templates", "base"), Cache: filepath.Join(cacheDir(dir), "cache"), EnvdPath: envd,
-		Progress: progress, Logger: log,
-	})
+	o := templateOptions(dir, envd)
+	o.Progress, o.Logger = progress, log
+	r, err := template.Build(ctx, o)
 	if err != nil {
 		return r, fmt.Errorf("build the base template: %w", err)
 	}
 	return r, nil
+}
+
+func templateOptions(dir, envd string) template.Options {
+	return template.Options{
+		Dir: filepath.Join(cacheDir(dir), "templates", "base"), Cache: filepath.Join(cacheDir(dir), "cache"), EnvdPath: envd,
+	}
+}
+
+// pruneTemplates frees what earlier builds left. A cache that several state
+// directories share is left alone: another server may boot from them.
+func pruneTemplates(ctx context.Context, dir string, log *slog.Logger) {
+	envd, err := findEnvd()
+	if err != nil || os.Getenv("WRENN_CACHE") != "" {
+		return
+	}
+	freed, err := template.Prune(ctx, templateOptions(dir, envd))
+	if err != nil {
+		log.Warn("old templates stay", "err", err)
+	} else if freed > 0 {
+		log.Info("removed old templates", "bytes", freed)
+	}
 }
 
 // cacheDir is where templates are built: the state directory, or what

@@ -54,6 +54,8 @@ func (a *Agent) wire(err error) error {
 	case errors.Is(err, unix.ENOSPC):
 		a.log.Error("the disk is full", "err", err)
 		return connect.NewError(connect.CodeResourceExhausted, errors.New("the host's disk is full; nothing was lost: free some space and try again"))
+	case errors.As(err, &known) && known.Code() == connect.CodeOutOfRange:
+		return known
 	case errors.As(err, &known) && known.Code() == connect.CodeCanceled, errors.Is(err, context.Canceled):
 		return connect.NewError(connect.CodeCanceled, err)
 	}

@@ -166,7 +166,7 @@ func (a *Agent) Exec(ctx context.Context, req *connect.Request[agentv1.ExecReque
 	out, err := collect(c)
 	out.DurationUs = time.Since(began).Microseconds()
 	if err != nil {
-		if m.TimeoutSec > 0 && (connect.CodeOf(err) == connect.CodeDeadlineExceeded || errors.Is(ctx.Err(), context.DeadlineExceeded)) {
+		if timedOut(ctx, m.TimeoutSec, err) {
 			out.TimedOut, out.ExitCode = true, -1
 			return connect.NewResponse(out), nil
 		}
@@ -182,6 +182,13 @@ func withLimit(ctx context.Context, sec uint32) (context.Context, context.Cancel
 		return context.WithCancel(ctx)
 	}
 	return context.WithTimeout(ctx, time.Duration(sec)*time.Second)
+}
+
+// timedOut tells whether a command was ended by its own limit. Whoever notices
+// first says so: the guest agent, or our side of the connection.
+func timedOut(ctx context.Context, sec uint32, err error) bool {
+	return err != nil && sec > 0 &&
+		(connect.CodeOf(err) == connect.CodeDeadlineExceeded || errors.Is(ctx.Err(), context.DeadlineExceeded))
 }
 
 func collect(c *command) (*agentv1.ExecResponse, error) {
@@ -247,6 +254,11 @@ func (a *Agent) ExecStream(ctx context.Context, stream *connect.BidiStream[agent
 	// return makes Receive fail, so it never outlives the call by long.
 	go a.forwardInput(ctx, stream, c, start.Pty != nil)
 	end, err := c.events(func(d *process.ProcessEvent_DataEvent) error { return stream.Send(outputOf(d)) })
+	if timedOut(ctx, start.TimeoutSec, err) {
+		return stream.Send(&agentv1.ExecStreamResponse{Message: &agentv1.ExecStreamResponse_Exit{
+			Exit: &agentv1.ExecExit{ExitCode: -1, Error: fmt.Sprintf("ended at its time limit of %d s", start.TimeoutSec)},
+		}})
+	}
 	if err != nil {
 		return a.wire(guestError(err))
 	}

@@ -111,7 +111,7 @@ func TestInitrdHoldsModulesInLoadOrder(t *testing.T) {
 		}
 	}
 	want := "virtio.ko\nvirtio_mmio.ko\nvirtio_pci_modern_dev.ko pci\nvirtio_pci.ko pci\n" +
-		"virtio_blk.ko\nfailover.ko\nnet_failover.ko\nvirtio_net.ko\n"
+		"virtio_blk.ko\nfailover.ko\nnet_failover.ko\nvirtio_net.ko\ninet_diag.ko\ntcp_diag.ko\n"
 	if got["modules/order"] != want {
 		t.Errorf("order is\n%s, want\n%s", got["modules/order"], want)
 	}

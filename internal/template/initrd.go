@@ -18,8 +18,9 @@ import (
 )
 
 // bootModules are loaded by the initramfs, each after what it depends on: the
-// transports a VMM may offer, then disk and network. "pci" marks what is skipped
-// on a machine without PCI.
+// transports a VMM may offer, disk and network, and what lets the guest agent
+// close the TCP connections of an earlier life. "pci" marks what is skipped on a
+// machine without PCI.
 var bootModules = []struct{ name, bus string }{
 	{"virtio_ring", ""},
 	{"virtio", ""},
@@ -29,6 +30,8 @@ var bootModules = []struct{ name, bus string }{
 	{"virtio_pci", "pci"},
 	{"virtio_blk", ""},
 	{"virtio_net", ""},
+	{"inet_diag", ""},
+	{"tcp_diag", ""},
 }
 
 // maxModule bounds a decompressed module, in bytes.

@@ -117,9 +117,11 @@ func (f *fixture) kernelFiles(t *testing.T) {
 		"kernel/n/virtio_net.ko.xz: kernel/n/net_failover.ko kernel/n/failover.ko kernel/v/virtio.ko",
 		"kernel/n/net_failover.ko: kernel/n/failover.ko",
 		"kernel/n/failover.ko:",
+		"kernel/n/inet_diag.ko:",
+		"kernel/n/tcp_diag.ko: kernel/n/inet_diag.ko",
 	}, "\n")+"\n", 0o644)
 	tree := "out/kernel/lib/modules/" + testKernel + "/kernel/"
-	for _, m := range []string{"v/virtio", "v/virtio_mmio", "v/virtio_pci_modern_dev", "v/virtio_pci", "b/virtio_blk", "n/net_failover", "n/failover"} {
+	for _, m := range []string{"v/virtio", "v/virtio_mmio", "v/virtio_pci_modern_dev", "v/virtio_pci", "b/virtio_blk", "n/net_failover", "n/failover", "n/inet_diag", "n/tcp_diag"} {
 		f.write(t, tree+m+".ko", "\x7fELF "+m, 0o644)
 	}
 	f.write(t, tree+"n/virtio_net.ko.xz", compressXZ(t, "\x7fELF n/virtio_net"), 0o644)

@@ -1,5 +1,5 @@
 // Package boot is what runs in a sandbox before and around the guest agent:
-// the initramfs and PID 1. Only cmd/envd imports it; nothing of it runs on the
+// the initramfs and PID 1. Only cmd/envd and internal/guest import it; nothing of it runs on the
 // host.
 //
 // The way of a cold boot:
