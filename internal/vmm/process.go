@@ -64,6 +64,11 @@ func StartProcess(s ProcessSpec) (*Process, error) {
 		defer d.Close()
 		files = append(files, d)
 	}
+	// Go opens everything close-on-exec, but this process may itself have
+	// inherited descriptors that are not: they are none of the VMM's business.
+	if err := unix.CloseRange(3, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("keeping our descriptors from %s: %w", s.Args[0], err)
+	}
 	pidfd := -1
 	attr := &os.ProcAttr{Dir: s.Dir, Env: s.Env, Files: files, Sys: &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}}
 	if s.UID != 0 || s.GID != 0 {
