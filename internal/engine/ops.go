@@ -423,7 +423,7 @@ func (e *Engine) snapshotPaused(ctx context.Context, sb *sandbox, name string, p
 	if err != nil {
 		return c, err
 	}
-	m.Name, m.Kind, m.CreatedAt = name, snapshot.KindSnapshot, e.opts.Now().UTC()
+	m.ID, m.Name, m.Kind, m.CreatedAt = format.ID{}, name, snapshot.KindSnapshot, e.opts.Now().UTC()
 	if err := txn.Commit(ctx, m); err != nil {
 		return c, fmt.Errorf("commit the manifest: %w", err)
 	}
