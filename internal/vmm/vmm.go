@@ -206,13 +206,17 @@ type Machine interface {
 	// process: /proc/<PID>/fd/<MemoryFD> opens the same file again.
 	MemoryFD() int
 	// Pause stops the virtual CPUs and finishes disk requests in flight.
-	// Pausing a stopped machine is fine.
+	// Pausing a stopped machine is fine. While the disk's server is away it
+	// waits for it, so give it a deadline; a Pause that timed out may still
+	// take effect, and the Continue that undoes it is carried out after it,
+	// even if that times out too.
 	Pause(ctx context.Context) error
 	// Continue starts the virtual CPUs. On a running machine it does nothing.
 	Continue(ctx context.Context) error
 	// SaveState writes the device state, without RAM, to w; it stops the
 	// machine first and leaves it stopped, also when it fails. The disk must
-	// answer until it returns.
+	// answer until it returns, and w must not block for ever. To save again,
+	// Continue first.
 	SaveState(ctx context.Context, w io.Writer) error
 	// Kill ends the process at once and returns when it is gone; killing a
 	// dead one is fine.
