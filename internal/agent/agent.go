@@ -203,6 +203,7 @@ func snapshotOf(m snapshot.Manifest) *agentv1.Snapshot {
 	return &agentv1.Snapshot{
 		Name: m.Name, Type: string(m.Kind), Vcpus: uint32(m.VMM.VCPUs), MemoryMb: uint32(m.VMM.MemoryMB),
 		SizeBytes: uint64(m.Size), Generation: m.Generation, Parent: m.Parent, CreatedAt: timestamppb.New(m.CreatedAt),
+		SourceSandboxId: m.SandboxID,
 	}
 }
 

@@ -30,6 +30,8 @@ const (
 type Guest struct {
 	token     string
 	transport *http.Transport
+	// dial connects to a port of the guest; the connection ends with the run.
+	dial func(ctx context.Context, port int) (net.Conn, error)
 	// hangUp closes every connection: the peer of one may be gone without a
 	// word, and a call that waits on it would wait for ever.
 	hangUp  context.CancelFunc
@@ -39,13 +41,16 @@ type Guest struct {
 
 func newGuest(slot Slot, token string) *Guest {
 	run, hangUp := context.WithCancel(context.Background())
+	dial := func(ctx context.Context, port int) (net.Conn, error) {
+		c, err := slot.Dial(ctx, port)
+		if err != nil {
+			return nil, err
+		}
+		return runConn{c, context.AfterFunc(run, func() { c.Close() })}, nil
+	}
 	t := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			c, err := slot.Dial(ctx, envdPort)
-			if err != nil {
-				return nil, err
-			}
-			return runConn{c, context.AfterFunc(run, func() { c.Close() })}, nil
+			return dial(ctx, envdPort)
 		},
 		MaxIdleConnsPerHost: 16,
 		IdleConnTimeout:     time.Minute,
@@ -53,7 +58,7 @@ func newGuest(slot Slot, token string) *Guest {
 		// emulated CPU has better things to do than to compress.
 		DisableCompression: true,
 	}
-	g := &Guest{token: token, transport: t, hangUp: hangUp}
+	g := &Guest{token: token, transport: t, dial: dial, hangUp: hangUp}
 	c := &http.Client{Transport: g}
 	g.Process = processconnect.NewProcessClient(c, envdURL)
 	g.Files = filesystemconnect.NewFilesystemClient(c, envdURL)
@@ -69,6 +74,14 @@ type runConn struct {
 func (c runConn) Close() error {
 	c.forget()
 	return c.Conn.Close()
+}
+
+// CloseWrite ends the sending direction.
+func (c runConn) CloseWrite() error {
+	if w, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return w.CloseWrite()
+	}
+	return c.Close()
 }
 
 // RoundTrip adds the sandbox's token to every request.

@@ -230,10 +230,12 @@ type Snapshot struct {
 	SizeBytes  uint64 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	Generation uint64 `protobuf:"varint,6,opt,name=generation,proto3" json:"generation,omitempty"`
 	// Name of the template that the source sandbox was created from.
-	Parent        string                 `protobuf:"bytes,7,opt,name=parent,proto3" json:"parent,omitempty"`
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Parent    string                 `protobuf:"bytes,7,opt,name=parent,proto3" json:"parent,omitempty"`
+	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	// The sandbox that was frozen; empty for a base.
+	SourceSandboxId string `protobuf:"bytes,9,opt,name=source_sandbox_id,json=sourceSandboxId,proto3" json:"source_sandbox_id,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Snapshot) Reset() {
@@ -320,6 +322,13 @@ func (x *Snapshot) GetCreatedAt() *timestamppb.Timestamp {
 		return x.CreatedAt
 	}
 	return nil
+}
+
+func (x *Snapshot) GetSourceSandboxId() string {
+	if x != nil {
+		return x.SourceSandboxId
+	}
+	return ""
 }
 
 // Figures of one operation, for people and benchmarks.
@@ -2952,6 +2961,347 @@ func (x *GetSandboxMetricsResponse) GetFaults() uint64 {
 	return 0
 }
 
+type GetSandboxAccessRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSandboxAccessRequest) Reset() {
+	*x = GetSandboxAccessRequest{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSandboxAccessRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSandboxAccessRequest) ProtoMessage() {}
+
+func (x *GetSandboxAccessRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSandboxAccessRequest.ProtoReflect.Descriptor instead.
+func (*GetSandboxAccessRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *GetSandboxAccessRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+type GetSandboxAccessResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AccessToken   string                 `protobuf:"bytes,1,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSandboxAccessResponse) Reset() {
+	*x = GetSandboxAccessResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSandboxAccessResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSandboxAccessResponse) ProtoMessage() {}
+
+func (x *GetSandboxAccessResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSandboxAccessResponse.ProtoReflect.Descriptor instead.
+func (*GetSandboxAccessResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *GetSandboxAccessResponse) GetAccessToken() string {
+	if x != nil {
+		return x.AccessToken
+	}
+	return ""
+}
+
+type TunnelOpen struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// 1 to 65535.
+	Port          uint32 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TunnelOpen) Reset() {
+	*x = TunnelOpen{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TunnelOpen) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TunnelOpen) ProtoMessage() {}
+
+func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TunnelOpen.ProtoReflect.Descriptor instead.
+func (*TunnelOpen) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *TunnelOpen) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *TunnelOpen) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+type TunnelRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*TunnelRequest_Open
+	//	*TunnelRequest_Data
+	Message       isTunnelRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TunnelRequest) Reset() {
+	*x = TunnelRequest{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TunnelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TunnelRequest) ProtoMessage() {}
+
+func (x *TunnelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TunnelRequest.ProtoReflect.Descriptor instead.
+func (*TunnelRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *TunnelRequest) GetMessage() isTunnelRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *TunnelRequest) GetOpen() *TunnelOpen {
+	if x != nil {
+		if x, ok := x.Message.(*TunnelRequest_Open); ok {
+			return x.Open
+		}
+	}
+	return nil
+}
+
+func (x *TunnelRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*TunnelRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isTunnelRequest_Message interface {
+	isTunnelRequest_Message()
+}
+
+type TunnelRequest_Open struct {
+	Open *TunnelOpen `protobuf:"bytes,1,opt,name=open,proto3,oneof"`
+}
+
+type TunnelRequest_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*TunnelRequest_Open) isTunnelRequest_Message() {}
+
+func (*TunnelRequest_Data) isTunnelRequest_Message() {}
+
+type TunnelOpened struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TunnelOpened) Reset() {
+	*x = TunnelOpened{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TunnelOpened) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TunnelOpened) ProtoMessage() {}
+
+func (x *TunnelOpened) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TunnelOpened.ProtoReflect.Descriptor instead.
+func (*TunnelOpened) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
+}
+
+type TunnelResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*TunnelResponse_Open
+	//	*TunnelResponse_Data
+	Message       isTunnelResponse_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TunnelResponse) Reset() {
+	*x = TunnelResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TunnelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TunnelResponse) ProtoMessage() {}
+
+func (x *TunnelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TunnelResponse.ProtoReflect.Descriptor instead.
+func (*TunnelResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *TunnelResponse) GetMessage() isTunnelResponse_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *TunnelResponse) GetOpen() *TunnelOpened {
+	if x != nil {
+		if x, ok := x.Message.(*TunnelResponse_Open); ok {
+			return x.Open
+		}
+	}
+	return nil
+}
+
+func (x *TunnelResponse) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Message.(*TunnelResponse_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isTunnelResponse_Message interface {
+	isTunnelResponse_Message()
+}
+
+type TunnelResponse_Open struct {
+	Open *TunnelOpened `protobuf:"bytes,1,opt,name=open,proto3,oneof"`
+}
+
+type TunnelResponse_Data struct {
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*TunnelResponse_Open) isTunnelResponse_Message() {}
+
+func (*TunnelResponse_Data) isTunnelResponse_Message() {}
+
 var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
 const file_hostagent_v1_hostagent_proto_rawDesc = "" +
@@ -2972,7 +3322,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"generation\x18\t \x01(\x04R\n" +
 	"generation\x12 \n" +
 	"\vannotations\x18\n" +
-	" \x01(\fR\vannotations\"\xf7\x01\n" +
+	" \x01(\fR\vannotations\"\xa3\x02\n" +
 	"\bSnapshot\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x14\n" +
@@ -2985,7 +3335,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"generation\x12\x16\n" +
 	"\x06parent\x18\a \x01(\tR\x06parent\x129\n" +
 	"\n" +
-	"created_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\"\x8c\x02\n" +
+	"created_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12*\n" +
+	"\x11source_sandbox_id\x18\t \x01(\tR\x0fsourceSandboxId\"\x8c\x02\n" +
 	"\aOpStats\x12\x1f\n" +
 	"\vduration_us\x18\x01 \x01(\x03R\n" +
 	"durationUs\x12!\n" +
@@ -3179,7 +3530,26 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\tdisk_used\x18\b \x01(\x04R\bdiskUsed\x120\n" +
 	"\x14private_memory_bytes\x18\t \x01(\x04R\x12privateMemoryBytes\x12\x16\n" +
 	"\x06faults\x18\n" +
-	" \x01(\x04R\x06faults*\xea\x01\n" +
+	" \x01(\x04R\x06faults\"8\n" +
+	"\x17GetSandboxAccessRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"=\n" +
+	"\x18GetSandboxAccessResponse\x12!\n" +
+	"\faccess_token\x18\x01 \x01(\tR\vaccessToken\"?\n" +
+	"\n" +
+	"TunnelOpen\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\"`\n" +
+	"\rTunnelRequest\x12.\n" +
+	"\x04open\x18\x01 \x01(\v2\x18.hostagent.v1.TunnelOpenH\x00R\x04open\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\t\n" +
+	"\amessage\"\x0e\n" +
+	"\fTunnelOpened\"c\n" +
+	"\x0eTunnelResponse\x120\n" +
+	"\x04open\x18\x01 \x01(\v2\x1a.hostagent.v1.TunnelOpenedH\x00R\x04open\x12\x14\n" +
+	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\t\n" +
+	"\amessage*\xea\x01\n" +
 	"\fSandboxState\x12\x1d\n" +
 	"\x19SANDBOX_STATE_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16SANDBOX_STATE_STARTING\x10\x01\x12\x19\n" +
@@ -3188,7 +3558,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x14SANDBOX_STATE_PAUSED\x10\x04\x12\x1a\n" +
 	"\x16SANDBOX_STATE_RESUMING\x10\x05\x12\x1a\n" +
 	"\x16SANDBOX_STATE_STOPPING\x10\x06\x12\x17\n" +
-	"\x13SANDBOX_STATE_ERROR\x10\a2\x8d\f\n" +
+	"\x13SANDBOX_STATE_ERROR\x10\a2\xb9\r\n" +
 	"\x10HostAgentService\x12F\n" +
 	"\aGetHost\x12\x1c.hostagent.v1.GetHostRequest\x1a\x1d.hostagent.v1.GetHostResponse\x12X\n" +
 	"\rCreateSandbox\x12\".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n" +
@@ -3209,7 +3579,9 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\aMakeDir\x12\x1c.hostagent.v1.MakeDirRequest\x1a\x1d.hostagent.v1.MakeDirResponse\x12O\n" +
 	"\n" +
 	"RemoveFile\x12\x1f.hostagent.v1.RemoveFileRequest\x1a .hostagent.v1.RemoveFileResponse\x12d\n" +
-	"\x11GetSandboxMetrics\x12&.hostagent.v1.GetSandboxMetricsRequest\x1a'.hostagent.v1.GetSandboxMetricsResponseB\xb6\x01\n" +
+	"\x11GetSandboxMetrics\x12&.hostagent.v1.GetSandboxMetricsRequest\x1a'.hostagent.v1.GetSandboxMetricsResponse\x12a\n" +
+	"\x10GetSandboxAccess\x12%.hostagent.v1.GetSandboxAccessRequest\x1a&.hostagent.v1.GetSandboxAccessResponse\x12G\n" +
+	"\x06Tunnel\x12\x1b.hostagent.v1.TunnelRequest\x1a\x1c.hostagent.v1.TunnelResponse(\x010\x01B\xb6\x01\n" +
 	"\x10com.hostagent.v1B\x0eHostagentProtoP\x01ZAgit.omukk.dev/wrenn/sandbox/internal/gen/hostagent/v1;hostagentv1\xa2\x02\x03HXX\xaa\x02\fHostagent.V1\xca\x02\fHostagent\\V1\xe2\x02\x18Hostagent\\V1\\GPBMetadata\xea\x02\rHostagent::V1b\x06proto3"
 
 var (
@@ -3225,7 +3597,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 }
 
 var file_hostagent_v1_hostagent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(SandboxState)(0),                 // 0: hostagent.v1.SandboxState
 	(*Sandbox)(nil),                   // 1: hostagent.v1.Sandbox
@@ -3272,19 +3644,25 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*RemoveFileResponse)(nil),        // 42: hostagent.v1.RemoveFileResponse
 	(*GetSandboxMetricsRequest)(nil),  // 43: hostagent.v1.GetSandboxMetricsRequest
 	(*GetSandboxMetricsResponse)(nil), // 44: hostagent.v1.GetSandboxMetricsResponse
-	nil,                               // 45: hostagent.v1.OpStats.PhasesUsEntry
-	nil,                               // 46: hostagent.v1.CreateSandboxRequest.EnvsEntry
-	nil,                               // 47: hostagent.v1.ExecRequest.EnvsEntry
-	nil,                               // 48: hostagent.v1.ExecStart.EnvsEntry
-	(*timestamppb.Timestamp)(nil),     // 49: google.protobuf.Timestamp
+	(*GetSandboxAccessRequest)(nil),   // 45: hostagent.v1.GetSandboxAccessRequest
+	(*GetSandboxAccessResponse)(nil),  // 46: hostagent.v1.GetSandboxAccessResponse
+	(*TunnelOpen)(nil),                // 47: hostagent.v1.TunnelOpen
+	(*TunnelRequest)(nil),             // 48: hostagent.v1.TunnelRequest
+	(*TunnelOpened)(nil),              // 49: hostagent.v1.TunnelOpened
+	(*TunnelResponse)(nil),            // 50: hostagent.v1.TunnelResponse
+	nil,                               // 51: hostagent.v1.OpStats.PhasesUsEntry
+	nil,                               // 52: hostagent.v1.CreateSandboxRequest.EnvsEntry
+	nil,                               // 53: hostagent.v1.ExecRequest.EnvsEntry
+	nil,                               // 54: hostagent.v1.ExecStart.EnvsEntry
+	(*timestamppb.Timestamp)(nil),     // 55: google.protobuf.Timestamp
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	0,  // 0: hostagent.v1.Sandbox.state:type_name -> hostagent.v1.SandboxState
-	49, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
-	49, // 2: hostagent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
-	49, // 3: hostagent.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
-	45, // 4: hostagent.v1.OpStats.phases_us:type_name -> hostagent.v1.OpStats.PhasesUsEntry
-	46, // 5: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
+	55, // 1: hostagent.v1.Sandbox.created_at:type_name -> google.protobuf.Timestamp
+	55, // 2: hostagent.v1.Sandbox.started_at:type_name -> google.protobuf.Timestamp
+	55, // 3: hostagent.v1.Snapshot.created_at:type_name -> google.protobuf.Timestamp
+	51, // 4: hostagent.v1.OpStats.phases_us:type_name -> hostagent.v1.OpStats.PhasesUsEntry
+	52, // 5: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
 	1,  // 6: hostagent.v1.CreateSandboxResponse.sandbox:type_name -> hostagent.v1.Sandbox
 	3,  // 7: hostagent.v1.CreateSandboxResponse.stats:type_name -> hostagent.v1.OpStats
 	1,  // 8: hostagent.v1.PauseSandboxResponse.sandbox:type_name -> hostagent.v1.Sandbox
@@ -3296,60 +3674,66 @@ var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	2,  // 14: hostagent.v1.CreateSnapshotResponse.snapshot:type_name -> hostagent.v1.Snapshot
 	3,  // 15: hostagent.v1.CreateSnapshotResponse.stats:type_name -> hostagent.v1.OpStats
 	2,  // 16: hostagent.v1.ListSnapshotsResponse.snapshots:type_name -> hostagent.v1.Snapshot
-	47, // 17: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
-	48, // 18: hostagent.v1.ExecStart.envs:type_name -> hostagent.v1.ExecStart.EnvsEntry
+	53, // 17: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
+	54, // 18: hostagent.v1.ExecStart.envs:type_name -> hostagent.v1.ExecStart.EnvsEntry
 	26, // 19: hostagent.v1.ExecStart.pty:type_name -> hostagent.v1.PtySize
 	27, // 20: hostagent.v1.ExecStreamRequest.start:type_name -> hostagent.v1.ExecStart
 	26, // 21: hostagent.v1.ExecStreamRequest.resize:type_name -> hostagent.v1.PtySize
 	30, // 22: hostagent.v1.ExecStreamResponse.exit:type_name -> hostagent.v1.ExecExit
-	49, // 23: hostagent.v1.FileEntry.modified_at:type_name -> google.protobuf.Timestamp
+	55, // 23: hostagent.v1.FileEntry.modified_at:type_name -> google.protobuf.Timestamp
 	31, // 24: hostagent.v1.ReadFileResponse.entry:type_name -> hostagent.v1.FileEntry
 	35, // 25: hostagent.v1.WriteFileRequest.start:type_name -> hostagent.v1.WriteFileStart
 	31, // 26: hostagent.v1.WriteFileResponse.entry:type_name -> hostagent.v1.FileEntry
 	31, // 27: hostagent.v1.ListFilesResponse.entries:type_name -> hostagent.v1.FileEntry
 	31, // 28: hostagent.v1.MakeDirResponse.entry:type_name -> hostagent.v1.FileEntry
-	49, // 29: hostagent.v1.GetSandboxMetricsResponse.at:type_name -> google.protobuf.Timestamp
-	4,  // 30: hostagent.v1.HostAgentService.GetHost:input_type -> hostagent.v1.GetHostRequest
-	6,  // 31: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
-	8,  // 32: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
-	10, // 33: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
-	12, // 34: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
-	14, // 35: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
-	16, // 36: hostagent.v1.HostAgentService.WatchSandboxes:input_type -> hostagent.v1.WatchSandboxesRequest
-	18, // 37: hostagent.v1.HostAgentService.CreateSnapshot:input_type -> hostagent.v1.CreateSnapshotRequest
-	20, // 38: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
-	22, // 39: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
-	24, // 40: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
-	28, // 41: hostagent.v1.HostAgentService.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
-	32, // 42: hostagent.v1.HostAgentService.ReadFile:input_type -> hostagent.v1.ReadFileRequest
-	34, // 43: hostagent.v1.HostAgentService.WriteFile:input_type -> hostagent.v1.WriteFileRequest
-	37, // 44: hostagent.v1.HostAgentService.ListFiles:input_type -> hostagent.v1.ListFilesRequest
-	39, // 45: hostagent.v1.HostAgentService.MakeDir:input_type -> hostagent.v1.MakeDirRequest
-	41, // 46: hostagent.v1.HostAgentService.RemoveFile:input_type -> hostagent.v1.RemoveFileRequest
-	43, // 47: hostagent.v1.HostAgentService.GetSandboxMetrics:input_type -> hostagent.v1.GetSandboxMetricsRequest
-	5,  // 48: hostagent.v1.HostAgentService.GetHost:output_type -> hostagent.v1.GetHostResponse
-	7,  // 49: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
-	9,  // 50: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
-	11, // 51: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
-	13, // 52: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
-	15, // 53: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
-	17, // 54: hostagent.v1.HostAgentService.WatchSandboxes:output_type -> hostagent.v1.WatchSandboxesResponse
-	19, // 55: hostagent.v1.HostAgentService.CreateSnapshot:output_type -> hostagent.v1.CreateSnapshotResponse
-	21, // 56: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
-	23, // 57: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
-	25, // 58: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
-	29, // 59: hostagent.v1.HostAgentService.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
-	33, // 60: hostagent.v1.HostAgentService.ReadFile:output_type -> hostagent.v1.ReadFileResponse
-	36, // 61: hostagent.v1.HostAgentService.WriteFile:output_type -> hostagent.v1.WriteFileResponse
-	38, // 62: hostagent.v1.HostAgentService.ListFiles:output_type -> hostagent.v1.ListFilesResponse
-	40, // 63: hostagent.v1.HostAgentService.MakeDir:output_type -> hostagent.v1.MakeDirResponse
-	42, // 64: hostagent.v1.HostAgentService.RemoveFile:output_type -> hostagent.v1.RemoveFileResponse
-	44, // 65: hostagent.v1.HostAgentService.GetSandboxMetrics:output_type -> hostagent.v1.GetSandboxMetricsResponse
-	48, // [48:66] is the sub-list for method output_type
-	30, // [30:48] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	55, // 29: hostagent.v1.GetSandboxMetricsResponse.at:type_name -> google.protobuf.Timestamp
+	47, // 30: hostagent.v1.TunnelRequest.open:type_name -> hostagent.v1.TunnelOpen
+	49, // 31: hostagent.v1.TunnelResponse.open:type_name -> hostagent.v1.TunnelOpened
+	4,  // 32: hostagent.v1.HostAgentService.GetHost:input_type -> hostagent.v1.GetHostRequest
+	6,  // 33: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
+	8,  // 34: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
+	10, // 35: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
+	12, // 36: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
+	14, // 37: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
+	16, // 38: hostagent.v1.HostAgentService.WatchSandboxes:input_type -> hostagent.v1.WatchSandboxesRequest
+	18, // 39: hostagent.v1.HostAgentService.CreateSnapshot:input_type -> hostagent.v1.CreateSnapshotRequest
+	20, // 40: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
+	22, // 41: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
+	24, // 42: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
+	28, // 43: hostagent.v1.HostAgentService.ExecStream:input_type -> hostagent.v1.ExecStreamRequest
+	32, // 44: hostagent.v1.HostAgentService.ReadFile:input_type -> hostagent.v1.ReadFileRequest
+	34, // 45: hostagent.v1.HostAgentService.WriteFile:input_type -> hostagent.v1.WriteFileRequest
+	37, // 46: hostagent.v1.HostAgentService.ListFiles:input_type -> hostagent.v1.ListFilesRequest
+	39, // 47: hostagent.v1.HostAgentService.MakeDir:input_type -> hostagent.v1.MakeDirRequest
+	41, // 48: hostagent.v1.HostAgentService.RemoveFile:input_type -> hostagent.v1.RemoveFileRequest
+	43, // 49: hostagent.v1.HostAgentService.GetSandboxMetrics:input_type -> hostagent.v1.GetSandboxMetricsRequest
+	45, // 50: hostagent.v1.HostAgentService.GetSandboxAccess:input_type -> hostagent.v1.GetSandboxAccessRequest
+	48, // 51: hostagent.v1.HostAgentService.Tunnel:input_type -> hostagent.v1.TunnelRequest
+	5,  // 52: hostagent.v1.HostAgentService.GetHost:output_type -> hostagent.v1.GetHostResponse
+	7,  // 53: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
+	9,  // 54: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
+	11, // 55: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
+	13, // 56: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
+	15, // 57: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
+	17, // 58: hostagent.v1.HostAgentService.WatchSandboxes:output_type -> hostagent.v1.WatchSandboxesResponse
+	19, // 59: hostagent.v1.HostAgentService.CreateSnapshot:output_type -> hostagent.v1.CreateSnapshotResponse
+	21, // 60: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
+	23, // 61: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
+	25, // 62: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
+	29, // 63: hostagent.v1.HostAgentService.ExecStream:output_type -> hostagent.v1.ExecStreamResponse
+	33, // 64: hostagent.v1.HostAgentService.ReadFile:output_type -> hostagent.v1.ReadFileResponse
+	36, // 65: hostagent.v1.HostAgentService.WriteFile:output_type -> hostagent.v1.WriteFileResponse
+	38, // 66: hostagent.v1.HostAgentService.ListFiles:output_type -> hostagent.v1.ListFilesResponse
+	40, // 67: hostagent.v1.HostAgentService.MakeDir:output_type -> hostagent.v1.MakeDirResponse
+	42, // 68: hostagent.v1.HostAgentService.RemoveFile:output_type -> hostagent.v1.RemoveFileResponse
+	44, // 69: hostagent.v1.HostAgentService.GetSandboxMetrics:output_type -> hostagent.v1.GetSandboxMetricsResponse
+	46, // 70: hostagent.v1.HostAgentService.GetSandboxAccess:output_type -> hostagent.v1.GetSandboxAccessResponse
+	50, // 71: hostagent.v1.HostAgentService.Tunnel:output_type -> hostagent.v1.TunnelResponse
+	52, // [52:72] is the sub-list for method output_type
+	32, // [32:52] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
@@ -3379,13 +3763,21 @@ func file_hostagent_v1_hostagent_proto_init() {
 		(*WriteFileRequest_Start)(nil),
 		(*WriteFileRequest_Data)(nil),
 	}
+	file_hostagent_v1_hostagent_proto_msgTypes[47].OneofWrappers = []any{
+		(*TunnelRequest_Open)(nil),
+		(*TunnelRequest_Data)(nil),
+	}
+	file_hostagent_v1_hostagent_proto_msgTypes[49].OneofWrappers = []any{
+		(*TunnelResponse_Open)(nil),
+		(*TunnelResponse_Data)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   48,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

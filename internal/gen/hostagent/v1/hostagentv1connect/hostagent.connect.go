@@ -96,6 +96,11 @@ const (
 	// HostAgentServiceGetSandboxMetricsProcedure is the fully-qualified name of the HostAgentService's
 	// GetSandboxMetrics RPC.
 	HostAgentServiceGetSandboxMetricsProcedure = "/hostagent.v1.HostAgentService/GetSandboxMetrics"
+	// HostAgentServiceGetSandboxAccessProcedure is the fully-qualified name of the HostAgentService's
+	// GetSandboxAccess RPC.
+	HostAgentServiceGetSandboxAccessProcedure = "/hostagent.v1.HostAgentService/GetSandboxAccess"
+	// HostAgentServiceTunnelProcedure is the fully-qualified name of the HostAgentService's Tunnel RPC.
+	HostAgentServiceTunnelProcedure = "/hostagent.v1.HostAgentService/Tunnel"
 )
 
 // HostAgentServiceClient is a client for the hostagent.v1.HostAgentService service.
@@ -136,6 +141,16 @@ type HostAgentServiceClient interface {
 	RemoveFile(context.Context, *connect.Request[v1.RemoveFileRequest]) (*connect.Response[v1.RemoveFileResponse], error)
 	// GetSandboxMetrics reads the guest's own figures and the host's for it.
 	GetSandboxMetrics(context.Context, *connect.Request[v1.GetSandboxMetricsRequest]) (*connect.Response[v1.GetSandboxMetricsResponse], error)
+	// GetSandboxAccess gives the token that the sandbox's guest agent asks for.
+	// It is the same for the sandbox's whole life, paused or not.
+	GetSandboxAccess(context.Context, *connect.Request[v1.GetSandboxAccessRequest]) (*connect.Response[v1.GetSandboxAccessResponse], error)
+	// Tunnel is one TCP connection to a port of a running sandbox. The first
+	// message of the caller is open, the first of the host is open, too, once
+	// the connection stands; then both send data. Ending the requests ends the
+	// sending direction only. A stream that ends without an error is the guest's
+	// end of its sending; one whose connection broke, or whose run ended, ends
+	// with unavailable. A port that nobody listens on is out_of_range.
+	Tunnel(context.Context) *connect.BidiStreamForClient[v1.TunnelRequest, v1.TunnelResponse]
 }
 
 // NewHostAgentServiceClient constructs a client for the hostagent.v1.HostAgentService service. By
@@ -257,6 +272,18 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("GetSandboxMetrics")),
 			connect.WithClientOptions(opts...),
 		),
+		getSandboxAccess: connect.NewClient[v1.GetSandboxAccessRequest, v1.GetSandboxAccessResponse](
+			httpClient,
+			baseURL+HostAgentServiceGetSandboxAccessProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("GetSandboxAccess")),
+			connect.WithClientOptions(opts...),
+		),
+		tunnel: connect.NewClient[v1.TunnelRequest, v1.TunnelResponse](
+			httpClient,
+			baseURL+HostAgentServiceTunnelProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("Tunnel")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -280,6 +307,8 @@ type hostAgentServiceClient struct {
 	makeDir           *connect.Client[v1.MakeDirRequest, v1.MakeDirResponse]
 	removeFile        *connect.Client[v1.RemoveFileRequest, v1.RemoveFileResponse]
 	getSandboxMetrics *connect.Client[v1.GetSandboxMetricsRequest, v1.GetSandboxMetricsResponse]
+	getSandboxAccess  *connect.Client[v1.GetSandboxAccessRequest, v1.GetSandboxAccessResponse]
+	tunnel            *connect.Client[v1.TunnelRequest, v1.TunnelResponse]
 }
 
 // GetHost calls hostagent.v1.HostAgentService.GetHost.
@@ -372,6 +401,16 @@ func (c *hostAgentServiceClient) GetSandboxMetrics(ctx context.Context, req *con
 	return c.getSandboxMetrics.CallUnary(ctx, req)
 }
 
+// GetSandboxAccess calls hostagent.v1.HostAgentService.GetSandboxAccess.
+func (c *hostAgentServiceClient) GetSandboxAccess(ctx context.Context, req *connect.Request[v1.GetSandboxAccessRequest]) (*connect.Response[v1.GetSandboxAccessResponse], error) {
+	return c.getSandboxAccess.CallUnary(ctx, req)
+}
+
+// Tunnel calls hostagent.v1.HostAgentService.Tunnel.
+func (c *hostAgentServiceClient) Tunnel(ctx context.Context) *connect.BidiStreamForClient[v1.TunnelRequest, v1.TunnelResponse] {
+	return c.tunnel.CallBidiStream(ctx)
+}
+
 // HostAgentServiceHandler is an implementation of the hostagent.v1.HostAgentService service.
 type HostAgentServiceHandler interface {
 	// GetHost tells what this host is and can do.
@@ -410,6 +449,16 @@ type HostAgentServiceHandler interface {
 	RemoveFile(context.Context, *connect.Request[v1.RemoveFileRequest]) (*connect.Response[v1.RemoveFileResponse], error)
 	// GetSandboxMetrics reads the guest's own figures and the host's for it.
 	GetSandboxMetrics(context.Context, *connect.Request[v1.GetSandboxMetricsRequest]) (*connect.Response[v1.GetSandboxMetricsResponse], error)
+	// GetSandboxAccess gives the token that the sandbox's guest agent asks for.
+	// It is the same for the sandbox's whole life, paused or not.
+	GetSandboxAccess(context.Context, *connect.Request[v1.GetSandboxAccessRequest]) (*connect.Response[v1.GetSandboxAccessResponse], error)
+	// Tunnel is one TCP connection to a port of a running sandbox. The first
+	// message of the caller is open, the first of the host is open, too, once
+	// the connection stands; then both send data. Ending the requests ends the
+	// sending direction only. A stream that ends without an error is the guest's
+	// end of its sending; one whose connection broke, or whose run ended, ends
+	// with unavailable. A port that nobody listens on is out_of_range.
+	Tunnel(context.Context, *connect.BidiStream[v1.TunnelRequest, v1.TunnelResponse]) error
 }
 
 // NewHostAgentServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -527,6 +576,18 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		connect.WithSchema(hostAgentServiceMethods.ByName("GetSandboxMetrics")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentServiceGetSandboxAccessHandler := connect.NewUnaryHandler(
+		HostAgentServiceGetSandboxAccessProcedure,
+		svc.GetSandboxAccess,
+		connect.WithSchema(hostAgentServiceMethods.ByName("GetSandboxAccess")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentServiceTunnelHandler := connect.NewBidiStreamHandler(
+		HostAgentServiceTunnelProcedure,
+		svc.Tunnel,
+		connect.WithSchema(hostAgentServiceMethods.ByName("Tunnel")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/hostagent.v1.HostAgentService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case HostAgentServiceGetHostProcedure:
@@ -565,6 +626,10 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServiceRemoveFileHandler.ServeHTTP(w, r)
 		case HostAgentServiceGetSandboxMetricsProcedure:
 			hostAgentServiceGetSandboxMetricsHandler.ServeHTTP(w, r)
+		case HostAgentServiceGetSandboxAccessProcedure:
+			hostAgentServiceGetSandboxAccessHandler.ServeHTTP(w, r)
+		case HostAgentServiceTunnelProcedure:
+			hostAgentServiceTunnelHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -644,4 +709,12 @@ func (UnimplementedHostAgentServiceHandler) RemoveFile(context.Context, *connect
 
 func (UnimplementedHostAgentServiceHandler) GetSandboxMetrics(context.Context, *connect.Request[v1.GetSandboxMetricsRequest]) (*connect.Response[v1.GetSandboxMetricsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.GetSandboxMetrics is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) GetSandboxAccess(context.Context, *connect.Request[v1.GetSandboxAccessRequest]) (*connect.Response[v1.GetSandboxAccessResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.GetSandboxAccess is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) Tunnel(context.Context, *connect.BidiStream[v1.TunnelRequest, v1.TunnelResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.Tunnel is not implemented"))
 }
