@@ -114,6 +114,12 @@ func (s *Server) Restart(ctx context.Context) error {
 	return err
 }
 
+// SetArgs changes what is added to `wrenn up` from the next start on.
+func (s *Server) SetArgs(args ...string) { s.opts.Args = args }
+
+// PID returns the server's process.
+func (s *Server) PID() int { return s.cmd.Process.Pid }
+
 // Kill ends the server as a crash would.
 func (s *Server) Kill() {
 	s.cmd.Process.Kill()
