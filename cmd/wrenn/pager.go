@@ -20,6 +20,7 @@ func pagerSocket(dir string) string { return filepath.Join(dir, "run", "pager.so
 // starts it; people do not.
 func newPagerCmd() *cobra.Command {
 	var dir string
+	var gid int
 	cmd := &cobra.Command{
 		Use: "pager", Short: "Serve guest memory and disks (started by up)", Hidden: true,
 		Args: args(cobra.NoArgs),
@@ -40,7 +41,7 @@ func newPagerCmd() *cobra.Command {
 				return fmt.Errorf("open the snapshot store: %w", err)
 			}
 			defer store.Close()
-			s, err := pager.New(pager.Options{Dir: filepath.Join(dir, "run", "pager"), Store: store, Version: version(), Logger: log})
+			s, err := pager.New(pager.Options{Dir: filepath.Join(dir, "run", "pager"), Store: store, SocketGID: gid, Version: version(), Logger: log})
 			if err != nil {
 				return err
 			}
@@ -51,5 +52,6 @@ func newPagerCmd() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&dir, "dir", stateDir(), "state directory")
+	cmd.Flags().IntVar(&gid, "socket-gid", 0, "group that may open the disks' sockets")
 	return cmd
 }

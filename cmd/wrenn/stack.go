@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,6 +26,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/pager"
 	"git.omukk.dev/wrenn/sandbox/internal/store"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 )
@@ -72,10 +75,14 @@ func newStack(ctx context.Context, o upOptions, log *slog.Logger, w io.Writer) (
 	return s, s.openControl(ctx, o, client)
 }
 
-// lockDir makes the state directory and refuses a second server on it.
+// lockDir makes the state directory and refuses a second server on it. VMs'
+// processes walk through it to their sockets; all else in it is root's alone.
 func (s *stack) lockDir(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return fmt.Errorf("make the state directory: %w", err)
+	}
+	if err := os.Chmod(dir, 0o711); err != nil {
+		return fmt.Errorf("open the way to the sandboxes' sockets: %w", err)
 	}
 	f, err := lockState(dir)
 	if err == nil {
@@ -86,9 +93,16 @@ func (s *stack) lockDir(dir string) error {
 
 // openHost starts what runs VMs: network, pager, engine.
 func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.Store, base template.Result) error {
-	driver := qemu.New(qemu.Options{
-		ProbeKernel: base.Kernel, ProbeCache: filepath.Join(o.dir, "kvm-verdict.json"), Logger: s.log,
-	})
+	driver, user, err := s.chooseDriver(ctx, o, base)
+	if err != nil {
+		return err
+	}
+	// The VMM gets them as descriptors and opens those again as its own user.
+	for _, f := range []string{base.Kernel, base.Initrd} {
+		if err := os.Chmod(f, 0o644); err != nil {
+			return fmt.Errorf("let VMs' processes read the kernel: %w", err)
+		}
+	}
 	pool, err := hostnet.NewPool(ctx, hostnet.Options{Size: o.pool, Prefix: o.addresses, StateDir: o.dir, Logger: s.log})
 	if err != nil {
 		return fmt.Errorf("prepare the sandboxes' network: %w", err)
@@ -100,7 +114,7 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 		return fmt.Errorf("find this program: %w", err)
 	}
 	keeper, err := pager.Keep(ctx, pager.KeeperOptions{
-		Command: []string{exe, "pager", "--dir", o.dir},
+		Command: []string{exe, "pager", "--dir", o.dir, "--socket-gid", strconv.Itoa(user)},
 		Socket:  pagerSocket(o.dir), LogPath: filepath.Join(o.dir, "run", "pager.log"), Logger: s.log,
 	})
 	if err != nil {
@@ -134,6 +148,48 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	return nil
 }
 
+// chooseDriver finds what runs VMs, and the user that it runs as. An
+// unprivileged one, unless this host makes that impossible: page faults can
+// then be served only through /dev/userfaultfd, and KVM only where everybody
+// may open it.
+func (s *stack) chooseDriver(ctx context.Context, o upOptions, base template.Result) (vmm.Driver, int, error) {
+	user := o.vmmUser
+	if _, err := os.Stat("/dev/userfaultfd"); err != nil && user != 0 {
+		s.log.Warn("VMs' processes run as root: this kernel has no /dev/userfaultfd (Linux 6.1 and later have)")
+		user = 0
+	}
+	if closed := closedParent(o.dir); closed != "" && user != 0 {
+		s.log.Warn("VMs' processes run as root: another user cannot pass through "+closed, "remedy", "chmod o+x "+closed+", or another --dir")
+		user = 0
+	}
+	qo := qemu.Options{ProbeKernel: base.Kernel, ProbeCache: filepath.Join(o.dir, "kvm-verdict.json"), Logger: s.log}
+	// Asked as root: an unprivileged user that may not open /dev/kvm must not
+	// be taken for a host without it. The answer is remembered.
+	info, err := qemu.New(qo).Probe(ctx)
+	if err != nil {
+		return nil, 0, fmt.Errorf("find out what runs VMs here: %w", err)
+	}
+	if st, err := os.Stat("/dev/kvm"); user != 0 && info.Accel == vmm.AccelKVM && (err != nil || st.Mode().Perm()&0o006 != 0o006) {
+		s.log.Warn("VMs' processes run as root: /dev/kvm is not open to others; chmod 666 /dev/kvm allows an unprivileged user")
+		user = 0
+	}
+	qo.UID, qo.GID = uint32(user), uint32(user)
+	return qemu.New(qo), user, nil
+}
+
+// closedParent returns the first directory on the way to dir that other users
+// may not pass, or nothing.
+func closedParent(dir string) string {
+	for p := filepath.Dir(dir); ; p = filepath.Dir(p) {
+		if st, err := os.Stat(p); err != nil || st.Mode().Perm()&0o001 == 0 {
+			return p
+		}
+		if p == "/" {
+			return ""
+		}
+	}
+}
+
 // serveAgent serves hostagent.v1 on a unix socket and returns its client.
 func (s *stack) serveAgent(dir string) (hostagentv1connect.HostAgentServiceClient, error) {
 	path := filepath.Join(dir, "run", "agent.sock")
@@ -165,6 +221,9 @@ func (s *stack) serveAgent(dir string) (hostagentv1connect.HostAgentServiceClien
 
 // openControl opens the database and starts the control plane.
 func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1connect.HostAgentServiceClient) error {
+	if err := closeDatabase(o.database); err != nil {
+		return err
+	}
 	db, err := store.Open(ctx, o.database)
 	if err != nil {
 		return err
@@ -191,6 +250,22 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 		return err
 	}
 	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log, Metrics: metrics})
+	return nil
+}
+
+// closeDatabase makes a SQLite file readable by its owner alone, before there
+// is anything in it; SQLite gives its other files the same mode.
+func closeDatabase(dsn string) error {
+	if strings.Contains(dsn, "://") {
+		return nil
+	}
+	f, err := os.OpenFile(strings.TrimPrefix(dsn, "sqlite:"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		err = errors.Join(f.Chmod(0o600), f.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("close the database to others: %w", err)
+	}
 	return nil
 }
 

@@ -29,6 +29,7 @@ type upOptions struct {
 	dns         string
 	logJSON     bool
 	verbose     bool
+	vmmUser     int
 }
 
 // What becomes of running sandboxes when the server ends by SIGTERM or Ctrl-C.
@@ -65,6 +66,7 @@ func newUpCmd() *cobra.Command {
 	f.StringVar(&o.addresses, "network-prefix", "", "addresses for the sandboxes' links, a /30 each (default 10.213.0.0/16)")
 	f.StringVar(&o.database, "database", "", "SQLite file or postgres:// URL (default: wrenn.db in the state directory)")
 	f.StringVar(&o.dns, "dns", "1.1.1.1,8.8.8.8", "name servers that sandboxes ask")
+	f.IntVar(&o.vmmUser, "vmm-user", 60777, "user and group id that VMs' processes run as; 0 is root")
 	f.BoolVar(&o.logJSON, "log-json", false, "write the log as JSON")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "log more")
 	return cmd
@@ -95,6 +97,9 @@ func (o *upOptions) check() error {
 	}
 	if o.pool < 0 || o.pool > 256 {
 		return usagef("--network-pool %d: want 0 to 256", o.pool)
+	}
+	if o.vmmUser < 0 || o.vmmUser > 1<<31-2 {
+		return usagef("--vmm-user %d is no user id", o.vmmUser)
 	}
 	if o.memoryLimit < 0 {
 		return usagef("--memory-limit %d: want a number of MiB", o.memoryLimit)

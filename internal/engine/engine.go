@@ -167,7 +167,7 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("probe the %s driver: %w", opts.Driver.Name(), err)
 	}
-	if err := os.MkdirAll(filepath.Join(opts.Dir, "sandboxes"), 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Join(opts.Dir, "sandboxes"), 0o711); err != nil {
 		return nil, fmt.Errorf("make the sandboxes' directory: %w", err)
 	}
 	e := &Engine{

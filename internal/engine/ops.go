@@ -106,7 +106,7 @@ func (e *Engine) addSandbox(spec CreateSpec, src source) (*sandbox, error) {
 	if err := e.admit(spec.MemoryMB); err != nil {
 		return nil, err
 	}
-	if err := os.Mkdir(sb.dir, 0o700); err != nil {
+	if err := os.Mkdir(sb.dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make the sandbox's directory: %w", err)
 	}
 	if err := writeJournal(sb.dir, sb.j); err != nil {

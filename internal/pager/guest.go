@@ -193,7 +193,7 @@ func (s *Server) ServeDisk(_ context.Context, req *connect.Request[pagerv1.Serve
 		return nil, connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("sandbox %s has disk image %s; stop it first", req.Msg.SandboxId, g.disk.rec.ImageID))
 	}
 	if g.disk == nil {
-		d, err := openDisk(s.opts.Store, rec, s.log.With("sandbox", req.Msg.SandboxId))
+		d, err := openDisk(s.opts, rec, s.log.With("sandbox", req.Msg.SandboxId))
 		if err != nil {
 			return nil, errors.Join(wireError(err), s.settle(req.Msg.SandboxId, g))
 		}
@@ -259,8 +259,8 @@ func (s *Server) StopDisk(_ context.Context, req *connect.Request[pagerv1.StopDi
 	return connect.NewResponse(&pagerv1.StopDiskResponse{}), nil
 }
 
-func openDisk(store *snapshot.Store, rec diskRecord, log *slog.Logger) (*disk, error) {
-	img, err := store.OpenImage(rec.ImageID)
+func openDisk(o Options, rec diskRecord, log *slog.Logger) (*disk, error) {
+	img, err := o.Store.OpenImage(rec.ImageID)
 	if err != nil {
 		return nil, fmt.Errorf("open disk image %s: %w", rec.ImageID, err)
 	}
@@ -268,7 +268,7 @@ func openDisk(store *snapshot.Store, rec diskRecord, log *slog.Logger) (*disk, e
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open the overlay: %w", err), img.Close())
 	}
-	l, err := listenUnix(rec.SocketPath)
+	l, err := listenUnix(rec.SocketPath, o.SocketGID)
 	if err != nil {
 		return nil, errors.Join(err, overlay.Close(), img.Close())
 	}
@@ -315,7 +315,7 @@ func (s *Server) recover() {
 
 func (s *Server) recoverOne(r record, g *guest, log *slog.Logger) (err error) {
 	if r.Disk != nil {
-		if g.disk, err = openDisk(s.opts.Store, *r.Disk, log); err != nil {
+		if g.disk, err = openDisk(s.opts, *r.Disk, log); err != nil {
 			// Its VM waits for the disk to come back; the engine ends it.
 			return fmt.Errorf("serve the disk again: %w", err)
 		}

@@ -45,6 +45,9 @@ type Options struct {
 	Store *snapshot.Store
 	// WarmBytes bounds the RAM of images kept without a user; 0 means 1 GiB.
 	WarmBytes int64
+	// SocketGID is the group that may open disks' sockets: the VMMs'. 0: only
+	// root.
+	SocketGID int
 	Version   string
 	Logger    *slog.Logger
 }
@@ -181,7 +184,7 @@ func (s *Server) GetStats(_ context.Context, req *connect.Request[pagerv1.GetSta
 // Serve answers on the unix socket until ctx ends. It then leaves every
 // record in place: VMs stand still until the next pager takes them up.
 func (s *Server) Serve(ctx context.Context, socket string) error {
-	l, err := listenUnix(socket)
+	l, err := listenUnix(socket, 0)
 	if err != nil {
 		return err
 	}
@@ -196,9 +199,9 @@ func (s *Server) Serve(ctx context.Context, socket string) error {
 	return nil
 }
 
-// listenUnix makes a socket that only root can open, in place of one that a
-// dead process left behind.
-func listenUnix(path string) (net.Listener, error) {
+// listenUnix makes a socket that only root and a group can open, in place of
+// one that a dead process left behind.
+func listenUnix(path string, gid int) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("make the socket's directory: %w", err)
 	}
@@ -209,7 +212,11 @@ func listenUnix(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
+	err = os.Chown(path, 0, gid)
+	if err == nil {
+		err = os.Chmod(path, 0o660)
+	}
+	if err != nil {
 		l.Close()
 		return nil, fmt.Errorf("close the socket to others: %w", err)
 	}
