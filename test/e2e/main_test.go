@@ -138,7 +138,7 @@ func endServer(t *testing.T, s *harness.Server) {
 		t.Errorf("the server's end: %v", err)
 	}
 	for _, p := range harness.ProcessesOf(s.Dir) {
-		t.Errorf("left after the server's end: %d %.200s", p.PID, strings.ReplaceAll(p.Cmdline, "\x00", " "))
+		t.Errorf("left after the server's end: %d %.200s", p.PID, readable(p))
 	}
 	s.Wipe()
 }
