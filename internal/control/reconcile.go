@@ -140,7 +140,24 @@ func (s *Service) settle(ctx context.Context, r Sandbox, h HostSandbox, known bo
 		return true, nil
 	}
 	defer release()
+	if !known && r.Status == StatusPending {
+		return false, s.forget(ctx, r)
+	}
 	return false, s.correct(ctx, r, to, reason, h)
+}
+
+// forget removes the row of a create that a crash cut off: nobody was told of
+// the sandbox, and a create that fails leaves nothing.
+func (s *Service) forget(ctx context.Context, r Sandbox) error {
+	switch err := s.store.DeleteSandbox(ctx, r.ID, r.Version); {
+	case errors.Is(err, ErrStale):
+		s.wake()
+		return nil
+	case err != nil && !errors.Is(err, ErrNotFound):
+		return fmt.Errorf("forget sandbox %s: %w", r.ID, err)
+	}
+	s.log.InfoContext(ctx, "forgot a sandbox whose create was cut off", "sandbox", r.ID)
+	return nil
 }
 
 // correct writes what was found, if the row is still as it was before the host
