@@ -23,7 +23,7 @@ func TestPausedSandboxCostsNoMemoryAndKeepsItsProcesses(t *testing.T) {
 	sb := spawn(t, s)
 	ask(t, s, sb.ID, "remake") // 32 MiB of memory of its own
 	before := ask(t, s, sb.ID, "set kept in memory only")
-	pids := sh(t, s, sb.ID, "pgrep -f keeper.py | sort | head -1; cat /proc/1/stat | cut -d' ' -f22")
+	pids := sh(t, s, sb.ID, "pgrep -of '[k]eeper.py'; cat /proc/1/stat | cut -d' ' -f22")
 	boot := sh(t, s, sb.ID, "cat /proc/sys/kernel/random/boot_id")
 	identity := sh(t, s, sb.ID, "hostname; cat /etc/machine-id")
 
@@ -55,7 +55,7 @@ func TestPausedSandboxCostsNoMemoryAndKeepsItsProcesses(t *testing.T) {
 	if after.Counter < before.Counter {
 		t.Errorf("its counter went back from %d to %d", before.Counter, after.Counter)
 	}
-	if now := sh(t, s, sb.ID, "pgrep -f keeper.py | sort | head -1; cat /proc/1/stat | cut -d' ' -f22"); now != pids {
+	if now := sh(t, s, sb.ID, "pgrep -of '[k]eeper.py'; cat /proc/1/stat | cut -d' ' -f22"); now != pids {
 		t.Errorf("processes %q, were %q", now, pids)
 	}
 	if now := sh(t, s, sb.ID, "cat /proc/sys/kernel/random/boot_id"); now != boot {
