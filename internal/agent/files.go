@@ -128,7 +128,11 @@ func (a *Agent) WriteFile(ctx context.Context, stream *connect.ClientStream[agen
 	// The body is read from the stream as the guest takes it. A stream that
 	// breaks off must break the upload too, or half a file would look whole.
 	body := &streamReader{stream: stream}
-	resp, err := g.HTTP(ctx, http.MethodPost, filesQuery(m.Path, m.User), body)
+	q := filesQuery(m.Path, m.User) + "&replace=1"
+	if m.Mode != 0 {
+		q += fmt.Sprintf("&mode=%o", m.Mode)
+	}
+	resp, err := g.HTTP(ctx, http.MethodPost, q, body)
 	if err != nil {
 		return nil, a.wire(fmt.Errorf("write %q: %w", m.Path, err))
 	}

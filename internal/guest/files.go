@@ -169,7 +169,14 @@ func (s *Server) receiveFiles(r *http.Request) ([]writtenFile, error) {
 		if up.path, err = resolvePath("path", q.Get("path"), "", u); err != nil {
 			return nil, err
 		}
-		f, err := up.write()
+		write := up.write
+		if q.Has("replace") {
+			if up.mode, err = parseMode(q.Get("mode")); err != nil {
+				return nil, err
+			}
+			write = up.replace
+		}
+		f, err := write()
 		if err != nil {
 			return nil, err
 		}
@@ -261,10 +268,12 @@ func uploadMetadata(h http.Header) (map[string]string, error) {
 // rename: watchers must see a write of that name and no temporary one, and
 // owner links, hard links, bind mounts and open descriptors go on meaning the
 // same file. The price is that an upload that breaks off leaves what had
-// arrived by then; one that made the file removes it again.
+// arrived by then; one that made the file removes it again. Callers who want
+// all or nothing ask to replace.
 type upload struct {
 	user     account
 	path     string
+	mode     fs.FileMode // permission bits, for replace; 0: the file's, or 0644
 	body     io.Reader
 	size     int64 // -1: not known
 	metadata map[string]string
