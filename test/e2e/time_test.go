@@ -1,0 +1,91 @@
+package e2e
+
+import (
+	"sync"
+	"testing"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/client"
+	"git.omukk.dev/wrenn/sandbox/test/harness"
+)
+
+func TestTimeLimitsActWithinASecond(t *testing.T) {
+	s := server(t)
+	const limit = 3
+	var wg sync.WaitGroup
+	for _, autoPause := range []bool{false, true} {
+		sb := create(t, s, client.CreateSandboxRequest{Template: warm, TimeoutSec: limit, AutoPause: autoPause})
+		moment := sb.ExpiresAt
+		if d := moment.Sub(sb.StartedAt); d < (limit-1)*time.Second || d > (limit+1)*time.Second {
+			t.Errorf("a limit of %d s begins at %v and ends at %v", limit, sb.StartedAt, moment)
+		}
+		wg.Go(func() {
+			var first string
+			if !harness.Eventually(time.Until(moment)+10*time.Second, func() bool {
+				now, err := s.GetSandbox(t.Context(), sb.ID)
+				if err == nil && now.Status == client.StatusRunning {
+					return false
+				}
+				if client.IsNotFound(err) {
+					first = "gone"
+				} else if err == nil {
+					first = now.Status
+				}
+				return true
+			}) {
+				t.Errorf("auto_pause %v: still running", autoPause)
+				return
+			}
+			late := time.Since(moment)
+			if late < -100*time.Millisecond || late > time.Second {
+				t.Errorf("auto_pause %v: %s %v after its moment", autoPause, first, late)
+			}
+			if !harness.Eventually(10*time.Second, func() bool {
+				now, err := s.GetSandbox(t.Context(), sb.ID)
+				if autoPause {
+					return err == nil && now.Status == client.StatusPaused
+				}
+				return client.IsNotFound(err)
+			}) {
+				t.Errorf("auto_pause %v: it stays in %s", autoPause, first)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestATimeLimitCanBeMovedAndTakenAway(t *testing.T) {
+	s := server(t)
+	sb := create(t, s, client.CreateSandboxRequest{Template: warm, TimeoutSec: 3})
+	now, err := s.SetTimeout(t.Context(), sb.ID, time.Hour)
+	if err != nil || time.Until(now.ExpiresAt) < 59*time.Minute {
+		t.Fatalf("moved: %+v, %v", now, err)
+	}
+	now, err = s.SetTimeout(t.Context(), sb.ID, 0)
+	if err != nil || !now.ExpiresAt.IsZero() {
+		t.Fatalf("taken away: %+v, %v", now, err)
+	}
+	// The promise is that nothing happens at the old moment.
+	time.Sleep(time.Until(sb.ExpiresAt) + 1200*time.Millisecond)
+	if out := sh(t, s, sb.ID, "echo alive"); out != "alive" {
+		t.Errorf("it says %q", out)
+	}
+}
+
+func TestBaseBootsWithBothCoresSaturated(t *testing.T) {
+	s := server(t)
+	stop := saturate()
+	defer stop()
+	for i := range 3 {
+		began := time.Now()
+		sb, err := s.CreateSandbox(timeout(t, 3*time.Minute), client.CreateSandboxRequest{})
+		if err != nil {
+			t.Fatalf("boot %d: %v", i+1, err)
+		}
+		t.Logf("boot %d of 3 took %v", i+1, time.Since(began).Round(time.Millisecond))
+		if out := sh(t, s, sb.ID, "uname -s"); out != "Linux" {
+			t.Errorf("boot %d: %q", i+1, out)
+		}
+		remove(t, s, sb.ID)
+	}
+}
