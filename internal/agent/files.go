@@ -225,12 +225,16 @@ func (a *Agent) MakeDir(ctx context.Context, req *connect.Request[agentv1.MakeDi
 	return connect.NewResponse(&agentv1.MakeDirResponse{Entry: entryOf(r.Msg.Entry)}), nil
 }
 
-// RemoveFile implements hostagent.v1.
+// RemoveFile implements hostagent.v1. The guest's own call succeeds on what is
+// missing, as the E2B SDKs want it; a caller of ours who mistyped a path is told.
 func (a *Agent) RemoveFile(ctx context.Context, req *connect.Request[agentv1.RemoveFileRequest]) (*connect.Response[agentv1.RemoveFileResponse], error) {
 	m := req.Msg
 	g, err := a.filesGuest(m.SandboxId, m.Path)
 	if err != nil {
 		return nil, err
+	}
+	if _, err := g.Files.Stat(ctx, fileRequest(&filesystem.StatRequest{Path: m.Path}, m.User)); err != nil {
+		return nil, a.wire(guestError(err))
 	}
 	if _, err := g.Files.Remove(ctx, fileRequest(&filesystem.RemoveRequest{Path: m.Path}, m.User)); err != nil {
 		return nil, a.wire(guestError(err))

@@ -102,7 +102,7 @@ func TestBadInputIsRefusedByName(t *testing.T) {
 		{"POST", snaps, `{"sandbox_id":"` + sb.ID + `","name":"base"}`, 409, "conflict", "base"},
 		{"GET", snaps + "/nosuchname", "", 404, "not_found", "nosuchname"},
 		{"DELETE", snaps + "/nosuchname", "", 404, "not_found", "nosuchname"},
-		bad("DELETE", snaps+"/base", "", "base"),
+		{"DELETE", snaps + "/base", "", 409, "conflict", "base"},
 		bad("GET", snaps+"?type=odd", "", "type"),
 		{"POST", boxes, `{"metadata":{"a":"` + strings.Repeat("x", 2<<20) + `"}}`, 413, "too_large", "body"},
 		{"GET", "/v1/nosuchpath", "", 404, "not_found", ""},
