@@ -109,7 +109,7 @@ func checkAccelerator(ctx context.Context, dir string) finding {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	info, err := qemu.New(qemu.Options{ProbeKernel: kernels[0], ProbeCache: filepath.Join(dir, "kvm-verdict.json")}).Probe(ctx)
+	info, err := qemu.New(qemu.Options{ProbeKernel: kernels[0], ProbeCache: kvmVerdict(dir)}).Probe(ctx)
 	if err != nil {
 		return finding{"acceleration", "bad", err.Error(), ""}
 	}

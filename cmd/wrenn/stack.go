@@ -162,7 +162,7 @@ func (s *stack) chooseDriver(ctx context.Context, o upOptions, base template.Res
 		s.log.Warn("VMs' processes run as root: another user cannot pass through "+closed, "remedy", "chmod o+x "+closed+", or another --dir")
 		user = 0
 	}
-	qo := qemu.Options{ProbeKernel: base.Kernel, ProbeCache: filepath.Join(o.dir, "kvm-verdict.json"), Logger: s.log}
+	qo := qemu.Options{ProbeKernel: base.Kernel, ProbeCache: kvmVerdict(o.dir), Logger: s.log}
 	// Asked as root: an unprivileged user that may not open /dev/kvm must not
 	// be taken for a host without it. The answer is remembered.
 	info, err := qemu.New(qo).Probe(ctx)

@@ -84,6 +84,11 @@ func pruneTemplates(ctx context.Context, dir string, log *slog.Logger) {
 // WRENN_CACHE names so that several state directories share one.
 func cacheDir(dir string) string { return cmp.Or(os.Getenv("WRENN_CACHE"), dir) }
 
+// kvmVerdict is where what a boot found out about KVM is kept. It is a fact of
+// the host, so state directories that share a cache share it: a KVM that hangs
+// costs the full limit to find out.
+func kvmVerdict(dir string) string { return filepath.Join(cacheDir(dir), "kvm-verdict.json") }
+
 // findEnvd finds the guest agent beside this program.
 func findEnvd() (string, error) {
 	exe, err := os.Executable()
