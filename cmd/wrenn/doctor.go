@@ -87,8 +87,8 @@ func checkProgram(name, pkg, severity string) finding {
 	if err != nil {
 		return finding{name, severity, "not found", "apt-get install " + pkg}
 	}
-	out, _ := exec.Command(path, "--version").CombinedOutput()
-	if line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n"); line != "" {
+	out, err := exec.Command(path, "--version").Output() // mke2fs knows no such option
+	if line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n"); err == nil && line != "" {
 		return finding{name, "ok", line, ""}
 	}
 	return finding{name, "ok", path, ""}
