@@ -50,11 +50,29 @@ func (m message) bytes() ([]byte, error) {
 	return []byte(m.Data), nil
 }
 
-// exec imitates a command: echo, err (echo to stderr), cat, exit N, binary
+// exec imitates a command: bash (runs the words of its last argument, without
+// quotes), python3 (prints its last argument), limit (ends as at a time limit,
+// -1), yes N (N lines), echo, err (echo to stderr), cat, exit N, binary
 // (bytes that are no text), env KEY, pwd, whoami, wait (until stopped, then
 // 143), and drop (breaks the connection). It returns the exit code.
 func exec(ctx context.Context, m message, stdin io.Reader, stdout, stderr io.Writer) int {
 	switch m.Cmd {
+	case "bash", "/bin/bash":
+		words := strings.Fields(strings.Join(m.Args[max(len(m.Args)-1, 0):], ""))
+		if len(words) == 0 {
+			return 0
+		}
+		m.Cmd, m.Args = words[0], words[1:]
+		return exec(ctx, m, stdin, stdout, stderr)
+	case "python3":
+		fmt.Fprintln(stdout, strings.Join(m.Args[max(len(m.Args)-1, 0):], ""))
+	case "limit":
+		return -1
+	case "yes":
+		n, _ := strconv.Atoi(strings.Join(m.Args, ""))
+		for i := range n {
+			fmt.Fprintf(stdout, "line %d\n", i)
+		}
 	case "echo":
 		fmt.Fprintln(stdout, strings.Join(m.Args, " "))
 	case "err":

@@ -59,6 +59,7 @@ var rules = map[string]rule{
 	"internal/guest/boot":   free(),
 	"internal/template":     free(),
 	"client":                with([]string{"github.com/coder/websocket"}),
+	"internal/mcpserver":    with([]string{"github.com/modelcontextprotocol/go-sdk"}, "client"),
 	"cmd/envd":              free("internal/guest", "internal/guest/boot"),
 	"cmd/wrenn":             free("internal/", "snapshot/", "client"),
 	"test/":                 free("client", "test/"),
