@@ -23,6 +23,7 @@
 //	<dir>/lock                              the writing process holds its lock
 //	<dir>/images/<id>/data                  the blocks that this generation added
 //	<dir>/images/<id>/header                the map of the whole image
+//	<dir>/images/<id>/compaction            the plan for it, if there is one
 //	<dir>/snapshots/<id>/manifest.json      the commit point
 //	<dir>/snapshots/<id>/state              device state, absent for a base
 //
@@ -51,7 +52,11 @@
 //  4. What an Abort or a crash leaves behind is found by GC, which removes only
 //     what no manifest, no root, no open image and no unfinished writer needs,
 //     and nothing at all when a manifest or header cannot be read.
-//  5. A zero block written over data becomes zero; over zero it changes nothing.
+//  5. A compaction changes where an image's blocks lie, never what they hold. It
+//     follows a stored plan, which may be carried out from any point again; the
+//     old image stays whole until nobody needs it, and until the manifests that
+//     name the new one instead are durable.
+//  6. A zero block written over data becomes zero; over zero it changes nothing.
 //
 // # Concurrency
 //

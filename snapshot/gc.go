@@ -91,6 +91,9 @@ type gcPlan struct {
 	images    []format.ID // all
 	whole     map[format.ID]bool
 	data      map[format.ID]bool
+	named     map[format.ID][]format.ID // images, and the snapshots that name them
+	// strays are files that a crash left beside what counts.
+	strays []string
 }
 
 // mark looks in an order that makes it safe beside commits of this process:
@@ -98,7 +101,7 @@ type gcPlan struct {
 // image made later is not in the list; one of the list is pending, or its
 // manifest is there to be read, or nobody wants it.
 func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
-	p := &gcPlan{whole: map[format.ID]bool{}, data: map[format.ID]bool{}}
+	p := &gcPlan{whole: map[format.ID]bool{}, data: map[format.ID]bool{}, named: map[format.ID][]format.ID{}}
 	var err error
 	if p.images, err = s.list(s.imagesDir()); err != nil {
 		return nil, err
@@ -122,7 +125,9 @@ func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
 		}
 		for _, ref := range m.images() {
 			roots = append(roots, ref.ID)
+			p.named[ref.ID] = append(p.named[ref.ID], id)
 		}
+		p.strays = append(p.strays, s.manifestPath(id)+".tmp")
 	}
 	for _, id := range roots {
 		if err := ctx.Err(); err != nil {
@@ -137,7 +142,29 @@ func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
 		}
 		p.needs(id, h)
 	}
+	s.markCompacted(p)
 	return p, nil
+}
+
+// markCompacted marks the better layouts of what is needed: a writer whose
+// parent is the old image will build on them. One that cannot be read is of no
+// use, and the old one holds the same.
+func (s *Store) markCompacted(p *gcPlan) {
+	for _, id := range p.images {
+		for p.whole[id] {
+			p.strays = append(p.strays, s.compactionPath(id)+".tmp")
+			c, err := s.readCompaction(id)
+			if err != nil || c == nil || !c.built() || p.whole[c.To] {
+				break
+			}
+			h, _, err := s.readHeader(c.To)
+			if err != nil {
+				break
+			}
+			p.needs(c.To, h)
+			id = c.To
+		}
+	}
 }
 
 // needs marks an image and the builds that it reads from.
@@ -189,12 +216,22 @@ func (s *Store) sweep(ctx context.Context, p *gcPlan, r *GCReport, dryRun bool) 
 		r.Snapshots = append(r.Snapshots, id)
 		r.Bytes += n
 	}
+	for _, name := range p.strays {
+		if err := s.sweepStray(name, r, dryRun); err != nil {
+			return err
+		}
+	}
 	for _, id := range p.images {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		if p.whole[id] {
 			continue
+		}
+		if !dryRun {
+			if err := s.settleSwitch(id, p); err != nil {
+				return err
+			}
 		}
 		if err := s.sweepImage(id, p.data[id], r, dryRun); err != nil {
 			return err
@@ -203,18 +240,60 @@ func (s *Store) sweep(ctx context.Context, p *gcPlan, r *GCReport, dryRun bool) 
 	return nil
 }
 
+// settleSwitch makes sure, before a compacted image goes, that the manifests
+// that named it cannot come to name it again: replacing one may have failed
+// just short of being durable.
+func (s *Store) settleSwitch(id format.ID, p *gcPlan) error {
+	c, err := s.readCompaction(id)
+	if err == nil && c == nil {
+		return nil
+	}
+	var damaged *CorruptError
+	if err != nil && !errors.As(err, &damaged) {
+		return err
+	}
+	for to, ids := range p.named {
+		if c != nil && to != c.To {
+			continue
+		}
+		for _, snapshot := range ids {
+			if err := s.fs.SyncDir(s.snapshotDir(snapshot)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// sweepStray removes a temporary file. Nobody is writing it: that is done under
+// the same lock as GC.
+func (s *Store) sweepStray(name string, r *GCReport, dryRun bool) error {
+	n, files, err := s.sizes(path.Dir(name), path.Base(name))
+	if err != nil || files == 0 {
+		return err
+	}
+	r.Bytes += n
+	if dryRun {
+		return nil
+	}
+	if err := s.fs.Remove(name); err != nil {
+		return err
+	}
+	return s.fs.SyncDir(path.Dir(name))
+}
+
 // sweepImage removes an image, or only its header when others read its blocks.
 func (s *Store) sweepImage(id format.ID, keepData bool, r *GCReport, dryRun bool) error {
-	names := []string{"header", "data"}
-	if keepData {
-		names = names[:1]
+	names := []string{compactionName + ".tmp", compactionName, "header"}
+	if !keepData {
+		names = append(names, "data")
 	}
 	n, files, err := s.sizes(s.imageDir(id), names...)
 	if err != nil {
 		return err
 	}
 	if keepData && files == 0 {
-		return nil // its header went before
+		return nil // they went before
 	}
 	r.Bytes += n
 	if keepData {
@@ -222,10 +301,7 @@ func (s *Store) sweepImage(id format.ID, keepData bool, r *GCReport, dryRun bool
 		if dryRun {
 			return nil
 		}
-		if err := s.fs.Remove(s.headerPath(id)); err != nil {
-			return err
-		}
-		return s.fs.SyncDir(s.imageDir(id))
+		return s.removeFiles(s.imageDir(id), names...)
 	}
 	r.Images = append(r.Images, id)
 	if dryRun {

@@ -21,6 +21,8 @@ type Options struct {
 	Logger *slog.Logger
 	// ReadOnly refuses every changing call.
 	ReadOnly bool
+	// Compaction bounds what Compact lets an image be made of.
+	Compaction CompactionPolicy
 	// Now is the clock of Manifest.CreatedAt; nil is time.Now.
 	Now func() time.Time
 }
@@ -32,7 +34,10 @@ type Store struct {
 	log  *slog.Logger
 	now  func() time.Time
 	ro   bool
-	gcMu sync.Mutex // one GC or Delete at a time
+	gcMu sync.Mutex // one GC, Delete or replacing of a file at a time
+
+	compaction CompactionPolicy
+	compactMu  sync.Mutex // one Compact at a time; taken before gcMu
 
 	lockMu sync.Mutex
 	lock   storage.File // the write lock; nil until the first changing call
@@ -63,10 +68,11 @@ func Open(dir string, o Options) (*Store, error) {
 	}
 	return &Store{
 		dir: path.Clean(dir), fs: o.FS, log: o.Logger, now: o.Now, ro: o.ReadOnly,
-		images:  map[format.ID]*imageCore{},
-		builds:  map[format.ID]*build{},
-		pending: map[format.ID]*Writer{},
-		txns:    map[format.ID]struct{}{},
+		compaction: o.Compaction.withDefaults(),
+		images:     map[format.ID]*imageCore{},
+		builds:     map[format.ID]*build{},
+		pending:    map[format.ID]*Writer{},
+		txns:       map[format.ID]struct{}{},
 	}, nil
 }
 
@@ -154,6 +160,16 @@ func (s *Store) removeAll(dir string, names ...string) error {
 		return err
 	}
 	return s.fs.SyncDir(path.Dir(dir))
+}
+
+// removeFiles removes those of the files that exist.
+func (s *Store) removeFiles(dir string, names ...string) error {
+	for _, n := range names {
+		if err := s.fs.Remove(path.Join(dir, n)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return s.fs.SyncDir(dir)
 }
 
 // readAll reads a whole file of at most limit bytes.

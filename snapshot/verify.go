@@ -36,6 +36,9 @@ func (s *Store) Verify(ctx context.Context, progress func(done, total int64)) ([
 		}
 		v.manifest(&manifests[i])
 	}
+	if err := v.compactions(manifests); err != nil {
+		return nil, fmt.Errorf("verify: %w", err)
+	}
 	for ref := range v.builds {
 		v.total += int64(ref.Blocks) * blockSize
 	}
@@ -96,6 +99,34 @@ func (v *verifier) manifest(m *Manifest) {
 			}
 		}
 	}
+}
+
+// compactions reads the plans beside the images. What a compacted image itself
+// still has is not looked at: it is kept only for who has it open, who verifies
+// what it reads, or waits for GC.
+func (v *verifier) compactions(manifests []Manifest) error {
+	s := v.store
+	ids, err := s.list(s.imagesDir())
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		if _, err := s.readCompaction(id); err != nil {
+			v.problem(naming(manifests, id), s.compactionPath(id), err)
+		}
+	}
+	return nil
+}
+
+// naming returns the snapshots that name an image.
+func naming(manifests []Manifest, image format.ID) []format.ID {
+	var ids []format.ID
+	for _, m := range manifests {
+		if m.Memory.ID == image || m.Disk.ID == image {
+			ids = append(ids, m.ID)
+		}
+	}
+	return ids
 }
 
 func (v *verifier) image(id format.ID) *checkedImage {

@@ -24,6 +24,8 @@ type Writer struct {
 	id    format.ID
 	size  int64
 	base  *format.Header // nil: zeros
+	// relayout: the image is base in another layout, not a generation after it.
+	relayout bool
 
 	mu      sync.Mutex
 	state   writerState
@@ -52,7 +54,8 @@ const (
 
 // NewImage begins an image of size bytes. With a parent it is the parent,
 // changed by what is written, and one generation older; the sizes must be the
-// same. Without one it is all zeros and of generation 0. The parent's handle
+// same. Where the parent has been compacted, the new layout is built upon.
+// Without a parent it is all zeros and of generation 0. The parent's handle
 // may be closed after the call; what it needs stays until the writer is done.
 // The caller always calls Abort in the end; after a commit it does nothing.
 func (s *Store) NewImage(size int64, parent *Image) (*Writer, error) {
@@ -67,7 +70,7 @@ func (s *Store) NewImage(size int64, parent *Image) (*Writer, error) {
 		if parent.Size() != size {
 			return nil, fmt.Errorf("new image: size %d differs from the parent's %d", size, parent.Size())
 		}
-		w.base = parent.Header()
+		w.base = s.compacted(parent.Header())
 	}
 	if err := s.forWriting(); err != nil {
 		return nil, fmt.Errorf("new image: %w", err)
@@ -313,6 +316,9 @@ func (w *Writer) encodeHeader(ref format.BuildRef) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	if w.relayout {
+		h.Generation, h.Parent = w.base.Generation, w.base.Parent
+	}
 	return format.Encode(h)
 }
 
@@ -335,7 +341,7 @@ func (w *Writer) Abort() error {
 		w.file = nil
 	}
 	s := w.store
-	errs = append(errs, s.removeAll(s.imageDir(w.id), "header", "data"))
+	errs = append(errs, s.removeAll(s.imageDir(w.id), compactionName+".tmp", compactionName, "header", "data"))
 	s.mu.Lock()
 	delete(s.pending, w.id)
 	s.mu.Unlock()
