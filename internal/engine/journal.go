@@ -110,14 +110,21 @@ func readJournal(dir string) (journal, error) {
 	if err != nil {
 		return j, fmt.Errorf("read the journal: %w", err)
 	}
+	return decodeJournal(b, filepath.Base(dir))
+}
+
+// decodeJournal reads the journal of the sandbox id and refuses what this
+// program could not act on.
+func decodeJournal(b []byte, id string) (journal, error) {
+	var j journal
 	if err := json.Unmarshal(b, &j); err != nil {
 		return j, fmt.Errorf("decode the journal: %w", err)
 	}
 	if j.Version < 1 || j.Version > journalVersion {
 		return j, fmt.Errorf("the journal's version is %d; this program knows 1 to %d", j.Version, journalVersion)
 	}
-	if j.ID != filepath.Base(dir) {
-		return j, fmt.Errorf("the journal is of %q, not of %q", j.ID, filepath.Base(dir))
+	if err := checkID(j.ID); err != nil || j.ID != id {
+		return j, fmt.Errorf("the journal is of %.40q, not of %.40q", j.ID, id)
 	}
 	return j, nil
 }
