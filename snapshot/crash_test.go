@@ -375,7 +375,7 @@ func TestFailThenCrash(t *testing.T) {
 	some := func(string) bool { return r.IntN(2) == 0 }
 	for n := 0; ; n++ {
 		hit := ""
-		for range 6 {
+		for range 2 {
 			f := snaptest.NewFS()
 			l, err := newLife(f)
 			must(t, err)
