@@ -13,6 +13,7 @@ func newSnapshotCmd() *cobra.Command {
 		newSnapshotCreateCmd(),
 		newSnapshotListCmd("List snapshots", client.SnapshotTypeSnapshot),
 		newSnapshotGetCmd(),
+		newSnapshotInspectCmd(),
 		newSnapshotRmCmd("Delete snapshots", completeTemplates(client.SnapshotTypeSnapshot)),
 	)
 	return cmd
