@@ -26,7 +26,7 @@ type images struct {
 type image struct {
 	id     format.ID
 	source *snapshot.Image
-	shared *uffd.Shared
+	shared *uffd.Shared // nil as long as only VMs in copy mode use it
 	users  int
 	keep   bool
 }
@@ -34,29 +34,43 @@ type image struct {
 // sharedName is the memfd's name, by which a new pager finds it in the VMM.
 func sharedName(id format.ID) string { return "wrenn-" + id.String() }
 
-// acquire returns the image with one more user. adopt, if not nil, yields the
-// memfd that a VM still holds from the time of a pager that is gone.
-func (im *images) acquire(id format.ID, keep bool, adopt func() (*os.File, error)) (*image, error) {
+type acquireOptions struct {
+	keep  bool
+	share bool
+	// adopt, if not nil, yields the memfd that a VM still holds from the time
+	// of a pager that is gone.
+	adopt func() (*os.File, error)
+}
+
+// acquire returns the image with one more user.
+func (im *images) acquire(id format.ID, o acquireOptions) (*image, error) {
 	im.mu.Lock()
 	defer im.mu.Unlock()
-	if i := im.byID[id]; i != nil {
-		if i.users == 0 {
-			im.unwarm(i)
+	i := im.byID[id]
+	if i == nil {
+		src, err := im.store.OpenImage(id)
+		if err != nil {
+			return nil, fmt.Errorf("open memory image %s: %w", id, err)
 		}
-		i.users++
-		i.keep = i.keep || keep
-		return i, nil
+		i = &image{id: id, source: src}
 	}
-	src, err := im.store.OpenImage(id)
-	if err != nil {
-		return nil, fmt.Errorf("open memory image %s: %w", id, err)
+	if o.share && i.shared == nil {
+		shared, err := openShared(id, i.source, o.adopt)
+		if err != nil {
+			err = fmt.Errorf("share memory image %s: %w", id, err)
+			if i.users == 0 {
+				err = errors.Join(err, i.source.Close())
+			}
+			return nil, err
+		}
+		i.shared = shared
 	}
-	shared, err := openShared(id, src, adopt)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("share memory image %s: %w", id, err), src.Close())
-	}
-	i := &image{id: id, source: src, shared: shared, users: 1, keep: keep}
 	im.byID[id] = i
+	if i.users == 0 {
+		im.unwarm(i)
+	}
+	i.users++
+	i.keep = i.keep || o.keep
 	return i, nil
 }
 
@@ -79,7 +93,7 @@ func (im *images) release(i *image) error {
 	if i.users > 0 {
 		return nil
 	}
-	if !i.keep {
+	if !i.keep || i.shared == nil {
 		return im.drop(i)
 	}
 	im.warm = append(im.warm, i)
@@ -124,5 +138,8 @@ func (im *images) unwarm(i *image) {
 
 func (im *images) drop(i *image) error {
 	delete(im.byID, i.id)
+	if i.shared == nil {
+		return i.source.Close()
+	}
 	return errors.Join(i.shared.Close(), i.source.Close())
 }

@@ -26,6 +26,16 @@ type memoryRecord struct {
 	KeepWarm bool      `json:"keep_warm,omitempty"`
 	// Attachment is absent between PrepareMemory and AttachMemory.
 	Attachment *uffd.AttachmentRecord `json:"attachment,omitempty"`
+	// Copy is there in copy mode only.
+	Copy *copyRecord `json:"copy,omitempty"`
+}
+
+type copyRecord struct {
+	SocketPath string `json:"socket_path"`
+	// PID and StartTime of the process expected to hand over, 0 before
+	// AttachMemory.
+	PID       int    `json:"pid,omitempty"`
+	StartTime uint64 `json:"start_time,omitempty"`
 }
 
 type diskRecord struct {
@@ -34,7 +44,19 @@ type diskRecord struct {
 	SocketPath  string    `json:"socket_path"`
 }
 
-const recordSuffix = ".json"
+const (
+	recordSuffix = ".json"
+	pagesSuffix  = ".pages" // uffd.PageMap
+)
+
+func pagesPath(dir, id string) string { return filepath.Join(dir, id+pagesSuffix) }
+
+func removePages(dir, id string) error {
+	if err := os.Remove(pagesPath(dir, id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove the page map of %s: %w", id, err)
+	}
+	return nil
+}
 
 func writeRecord(dir string, r record) error {
 	b, err := json.Marshal(r)

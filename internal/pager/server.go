@@ -131,6 +131,11 @@ func (s *Server) guestFor(id string) (*guest, error) {
 // settle writes the record of a guest as it is now, or removes it with the
 // entry when nothing is served. The guest's lock is held.
 func (s *Server) settle(id string, g *guest) error {
+	if g.memory == nil {
+		if err := removePages(s.opts.Dir, id); err != nil {
+			return err
+		}
+	}
 	if g.memory == nil && g.disk == nil {
 		s.mu.Lock()
 		delete(s.guests, id)
@@ -173,8 +178,11 @@ func (s *Server) GetStats(_ context.Context, req *connect.Request[pagerv1.GetSta
 	}
 	if g != nil {
 		g.mu.Lock()
-		if g.memory != nil {
-			out.SharedResidentBytes = g.memory.image.shared.Resident()
+		if m := g.memory; m != nil {
+			out.Attached = m.attached != nil
+			if m.image.shared != nil {
+				out.SharedResidentBytes = m.image.shared.Resident()
+			}
 		}
 		g.mu.Unlock()
 	}
@@ -237,7 +245,18 @@ func (s *Server) Close() error {
 		if g.disk != nil {
 			errs = append(errs, g.disk.close())
 		}
+		h, waiting := (*handover)(nil), g.handoverOf() != nil
+		if g.memory != nil {
+			h = g.memory.handover
+		}
 		g.mu.Unlock()
+		if waiting {
+			h.cancel()
+			<-h.done
+		}
+		if h != nil {
+			errs = append(errs, h.close())
+		}
 	}
 	s.faults.Close()
 	return errors.Join(errs...)

@@ -18,11 +18,14 @@ type AttachmentRecord struct {
 	PID       int     `json:"pid"`
 	StartTime uint64  `json:"start_time"` // clock ticks after boot, /proc/<pid>/stat
 	RemoteFD  int     `json:"remote_fd"`  // the userfaultfd's number in the process
-	Addr      uintptr `json:"addr"`       // of guest memory in the process
+	Addr      uintptr `json:"addr"`       // of guest memory in the process; 0 in copy mode
 	Length    int64   `json:"length"`     // bytes
+	// Regions are where guest memory lies in copy mode.
+	Regions []Region `json:"regions,omitempty"`
 }
 
-func (r AttachmentRecord) validate(s *Shared) error {
+// validate checks a record against the size of its image.
+func (r AttachmentRecord) validate(size int64) error {
 	switch {
 	case r.PID <= 0:
 		return fmt.Errorf("attachment record: pid %d", r.PID)
@@ -30,23 +33,30 @@ func (r AttachmentRecord) validate(s *Shared) error {
 		return errors.New("attachment record: no start time")
 	case r.RemoteFD < 0:
 		return fmt.Errorf("attachment record: remote_fd %d", r.RemoteFD)
+	case r.Length != size:
+		return fmt.Errorf("attachment record: length %d, image has %d", r.Length, size)
+	case len(r.Regions) > 0:
+		if err := checkRegions(r.Regions, size); err != nil {
+			return fmt.Errorf("attachment record: %w", err)
+		}
 	case r.Addr == 0 || r.Addr%pageSize != 0:
 		return fmt.Errorf("attachment record: addr %#x", r.Addr)
-	case r.Length != s.size:
-		return fmt.Errorf("attachment record: length %d, image has %d", r.Length, s.size)
 	}
 	return nil
 }
 
-// Attachment is the hold on the userfaultfd of one VM. It is made by Inject or
-// Reattach and belongs to the Server it is added to; one that is never added
-// must be closed.
+// Attachment is the hold on the userfaultfd of one VM. It is made by Inject,
+// Peer.Accept or their Reattach, and belongs to the Server it is added to; one
+// that is never added must be closed.
 type Attachment struct {
-	rec    AttachmentRecord
-	shared *Shared
-	proc   *process
-	fd     int
-	once   sync.Once
+	rec     AttachmentRecord
+	src     Source
+	regions []Region // by offset
+	shared  *Shared  // nil in copy mode
+	pages   *PageMap // nil in shared mode
+	proc    *process
+	fd      int
+	once    sync.Once
 }
 
 // Inject makes the running process pid, which maps the memfd of shared as one
@@ -88,8 +98,11 @@ func Reattach(ctx context.Context, rec AttachmentRecord, shared *Shared) (*Attac
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	if err := rec.validate(shared); err != nil {
+	if err := rec.validate(shared.size); err != nil {
 		return nil, fmt.Errorf("uffd: %w", err)
+	}
+	if len(rec.Regions) > 0 {
+		return nil, errors.New("uffd: attachment record: it is of copy mode")
 	}
 	a, err := attach(shared, rec.PID, func(proc *process) (*Attachment, error) { return reattach(proc, rec, shared) })
 	if err != nil {
@@ -127,22 +140,53 @@ func reattach(proc *process, rec AttachmentRecord, s *Shared) (*Attachment, erro
 	if addr != rec.Addr {
 		return nil, fmt.Errorf("guest memory is at %#x, recorded at %#x", addr, rec.Addr)
 	}
-	fd, err := unix.PidfdGetfd(proc.pidfd, rec.RemoteFD, 0)
+	fd, err := fetchUserfaultfd(proc, rec.RemoteFD)
 	if err != nil {
-		return nil, fmt.Errorf("get descriptor %d: %w", rec.RemoteFD, err)
+		return nil, err
 	}
-	link, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
-	if err == nil && link != "anon_inode:[userfaultfd]" {
-		err = fmt.Errorf("descriptor %d is %s, not a userfaultfd", rec.RemoteFD, link)
-	}
-	if err == nil {
-		err = wake(fd, rec.Addr, rec.Length)
-	}
-	if err != nil {
+	a := newSharedAttachment(rec, s, proc, fd)
+	if err := a.wakeAll(); err != nil {
 		unix.Close(fd)
 		return nil, err
 	}
-	return &Attachment{rec: rec, shared: s, proc: proc, fd: fd}, nil
+	return a, nil
+}
+
+func newSharedAttachment(rec AttachmentRecord, s *Shared, proc *process, fd int) *Attachment {
+	return &Attachment{
+		rec: rec, src: s.src, shared: s, proc: proc, fd: fd,
+		regions: []Region{{Addr: uint64(rec.Addr), Size: s.size}},
+	}
+}
+
+// wakeAll makes all that wait for pages raise their faults again.
+func (a *Attachment) wakeAll() error {
+	for _, r := range a.regions {
+		if err := wake(a.fd, uintptr(r.Addr), r.Size); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// locate gives the region that addr lies in, nil for none.
+func (a *Attachment) locate(addr uint64) *Region {
+	for i := range a.regions {
+		if r := &a.regions[i]; addr >= r.Addr && addr-r.Addr < uint64(r.Size) {
+			return r
+		}
+	}
+	return nil
+}
+
+// regionAt gives the region that holds the byte at off of the image.
+func (a *Attachment) regionAt(off int64) *Region {
+	for i := range a.regions {
+		if r := &a.regions[i]; off < r.end() {
+			return r
+		}
+	}
+	return nil
 }
 
 // Record is what Reattach needs.
@@ -154,7 +198,12 @@ func (a *Attachment) Close() {
 	a.once.Do(func() {
 		a.closeFDs()
 		a.proc.close()
-		a.shared.refs.Add(-1)
+		if a.shared != nil {
+			a.shared.refs.Add(-1)
+		}
+		if a.pages != nil {
+			a.pages.Close()
+		}
 	})
 }
 

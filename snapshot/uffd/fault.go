@@ -32,19 +32,70 @@ func pollable(fd int) (*os.File, error) {
 func (s *Server) work() {
 	buf := make([]byte, s.o.ClusterSize)
 	for j := range s.queue {
-		if !j.v.dead.Load() {
-			start := time.Now()
-			if err := s.serve(j.v, buf, j.off); err != nil {
-				s.fatal(j.v, err)
-			}
-			j.v.counters.observe(time.Since(start))
+		if s.handle(j, buf) {
+			j.v.inflight.Done()
 		}
-		j.v.inflight.Done()
 	}
+}
+
+// handle serves a fault. It is false when the fault was put aside.
+func (s *Server) handle(j job, buf []byte) bool {
+	if j.v.dead.Load() {
+		return true
+	}
+	start := time.Now()
+	err := s.serve(j.v, buf, j.off)
+	if errors.Is(err, errChanging) {
+		return !j.v.park(j)
+	}
+	if err != nil {
+		s.fatal(j.v, err)
+	}
+	j.v.counters.observe(time.Since(start))
+	return true
+}
+
+// park puts a fault aside until the reader has taken more events, or for a
+// moment. It is false when the reader has ended.
+func (v *served) park(j job) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.ended {
+		return false
+	}
+	v.counters.retries.Add(1)
+	v.parked = append(v.parked, j)
+	v.file.SetReadDeadline(time.Now().Add(changingRetry))
+	return true
+}
+
+// unpark queues what was put aside.
+func (s *Server) unpark(v *served) {
+	v.mu.Lock()
+	jobs := v.parked
+	v.parked, v.spare = v.spare[:0], jobs
+	v.mu.Unlock()
+	for _, j := range jobs {
+		s.queue <- j
+	}
+}
+
+// end lets go of what was put aside when the reader ends.
+func (v *served) end() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.ended = true
+	for range v.parked {
+		v.inflight.Done()
+	}
+	v.parked = nil
 }
 
 // serve makes the page at off readable for the VM and wakes who waits for it.
 func (s *Server) serve(v *served, buf []byte, off int64) error {
+	if v.pages != nil {
+		return s.serveCopy(v, buf, off)
+	}
 	kind, _, err := span(v.shared.src, off, v.shared.size)
 	if err != nil {
 		return err

@@ -133,28 +133,7 @@ func startVictim(t testing.TB, shared *Shared, o victimOptions) *victimProc {
 	if o.uid != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: o.uid, Gid: o.uid}}
 	}
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	v := &victimProc{t: t, cmd: cmd, stdin: stdin, out: bufio.NewReader(stdout), done: make(chan struct{})}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		<-v.done
-	})
-	line, err := v.out.ReadString('\n')
-	go v.watch(t)
-	if err != nil || line != "ready\n" {
-		t.Fatalf("victim says %q, %v", line, err)
-	}
-	return v
+	return runVictim(t, cmd)
 }
 
 // watch waits by pidfd and reaps afterwards: a wait for a child would be given

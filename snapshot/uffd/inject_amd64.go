@@ -103,7 +103,7 @@ func exchange(t *tracee, s *Shared, devFD int) (*Attachment, error) {
 		return nil, errors.Join(err, cerr)
 	}
 	rec := AttachmentRecord{PID: pid, StartTime: t.proc.start, RemoteFD: remote, Addr: addr, Length: s.size}
-	return &Attachment{rec: rec, shared: s, proc: t.proc, fd: local}, nil
+	return newSharedAttachment(rec, s, t.proc, local), nil
 }
 
 func makeRemote(t *tracee, devFD int) (int, error) {

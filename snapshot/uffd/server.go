@@ -11,7 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // Options are the knobs of a Server. The zero value is usable.
@@ -60,10 +61,18 @@ type served struct {
 	dead     atomic.Bool
 	counters counters
 	events   [batch * msgSize]byte
+	stopping atomic.Bool
+
+	// removing is held for reading while pages are put into a VM in copy
+	// mode, and for writing while events are read that may remove some.
+	removing sync.RWMutex
 
 	mu      sync.Mutex
 	touched []uint64 // bit per cluster
 	order   []uint32
+	parked  []job // faults to try again
+	spare   []job
+	ended   bool // the reader is gone
 }
 
 // NewServer starts a server without attachments. It fails on bad options only.
@@ -98,7 +107,7 @@ func (s *Server) Add(id string, a *Attachment) error {
 	if s.served[id] != nil {
 		return fmt.Errorf("uffd: attachment %q exists", id)
 	}
-	clusters := (a.shared.size + int64(s.o.ClusterSize) - 1) / int64(s.o.ClusterSize)
+	clusters := (a.src.Size() + int64(s.o.ClusterSize) - 1) / int64(s.o.ClusterSize)
 	v := &served{Attachment: a, id: id, touched: make([]uint64, (clusters+63)/64), order: make([]uint32, 0, min(clusters, 4096))}
 	f, err := pollable(a.fd)
 	if err != nil {
@@ -128,6 +137,7 @@ func (s *Server) Remove(id string) error {
 func (s *Server) drop(v *served) {
 	// Wakes the reader and makes it end; the descriptors stay valid until
 	// nobody uses their numbers any more.
+	v.stopping.Store(true)
 	v.file.SetReadDeadline(time.Unix(1, 0))
 	v.reader.Wait()
 	v.inflight.Wait()
@@ -170,7 +180,11 @@ func (s *Server) Stats(id string) (Stats, error) {
 	if err != nil {
 		return Stats{}, err
 	}
-	return v.counters.snapshot(), nil
+	st := v.counters.snapshot()
+	if v.pages != nil {
+		st.Removed = uint64(v.pages.Removed())
+	}
+	return st, nil
 }
 
 // Touched gives the clusters of data in which an attachment faulted, in the
@@ -188,16 +202,57 @@ func (s *Server) Touched(id string) ([]uint32, error) {
 
 // read takes events off the userfaultfd until it is told to stop.
 func (s *Server) read(v *served) {
+	defer v.end()
+	raw, err := v.file.SyscallConn()
+	if err != nil {
+		s.fatal(v, fmt.Errorf("wait for page-fault events: %w", err))
+		return
+	}
+	var n int
+	var rerr error
+	take := func(uintptr) bool {
+		n, rerr = v.take()
+		return rerr != unix.EAGAIN
+	}
 	for {
-		n, err := v.file.Read(v.events[:])
-		if err != nil {
-			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, os.ErrClosed) {
-				s.fatal(v, fmt.Errorf("read page-fault events: %w", err))
-			}
+		if err := raw.Read(take); err != nil {
+			rerr = err
+		}
+		// A deadline of ours may come after the one that ends us.
+		if v.stopping.Load() {
 			return
 		}
-		s.enqueue(v, v.events[:n])
+		switch {
+		case rerr == nil:
+			s.enqueue(v, v.batch()[:n])
+		case rerr == unix.EINTR:
+		case errors.Is(rerr, os.ErrDeadlineExceeded):
+			v.file.SetReadDeadline(time.Time{})
+			s.unpark(v)
+			if v.stopping.Load() {
+				return
+			}
+		default:
+			s.fatal(v, fmt.Errorf("read page-fault events: %w", rerr))
+			return
+		}
 	}
+}
+
+// batch is where events are read to.
+func (v *served) batch() []byte {
+	if v.pages != nil {
+		return v.pages.events
+	}
+	return v.events[:]
+}
+
+// take reads events that are there already, or unix.EAGAIN.
+func (v *served) take() (int, error) {
+	if v.pages != nil {
+		return v.readCopyEvents()
+	}
+	return unix.Read(v.fd, v.events[:])
 }
 
 func (s *Server) enqueue(v *served, b []byte) {
@@ -205,15 +260,19 @@ func (s *Server) enqueue(v *served, b []byte) {
 	// all whose events have been read.
 	var seen [batch]int64
 	pages := seen[:0]
+	changed := false
 next:
 	for ; len(b) >= msgSize; b = b[msgSize:] {
-		v.counters.faults.Add(1)
-		addr := *(*uint64)(unsafe.Pointer(&b[16]))
-		off := int64(addr-uint64(v.rec.Addr)) &^ (pageSize - 1)
-		if b[0] != eventPagefault || addr < uint64(v.rec.Addr) || off >= v.rec.Length {
-			s.fatal(v, fmt.Errorf("unexpected event %#x at address %#x", b[0], addr))
+		if v.pages != nil && b[0] == eventRemove {
+			changed = true // noted as it was read
 			continue
 		}
+		off, err := v.fault(b[:msgSize])
+		if err != nil {
+			s.fatal(v, err)
+			continue
+		}
+		v.counters.faults.Add(1)
 		for _, p := range pages {
 			if p == off {
 				v.counters.hits.Add(1)
@@ -223,5 +282,26 @@ next:
 		pages = append(pages, off)
 		v.inflight.Add(1)
 		s.queue <- job{v, off}
+	}
+	if changed {
+		s.unpark(v)
+	}
+}
+
+// fault gives the page of the image that a page-fault event is about.
+func (v *served) fault(msg []byte) (int64, error) {
+	switch addr := msgAddr(msg); msg[0] {
+	case eventPagefault:
+		r := v.locate(addr)
+		if r == nil {
+			return 0, fmt.Errorf("page fault at %#x, outside guest memory", addr)
+		}
+		return r.Offset + int64(addr-r.Addr)&^(pageSize-1), nil
+	case eventFork:
+		// The kernel has put the child's userfaultfd among our descriptors.
+		unix.Close(int(msgForkedFD(msg)))
+		return 0, errors.New("unexpected event: the process forked with its memory")
+	default:
+		return 0, fmt.Errorf("unexpected event %#x at %#x", msg[0], addr)
 	}
 }

@@ -17,7 +17,9 @@ type Stats struct {
 	DataFaults  uint64 `json:"data_faults"`  // that had to read the image
 	Hits        uint64 `json:"hits"`         // whose page was there when they were served
 	ZeroFaults  uint64 `json:"zero_faults"`  // in runs of zeros
-	BytesFilled uint64 `json:"bytes_filled"` // put into the shared image
+	BytesFilled uint64 `json:"bytes_filled"` // put into the shared image, or the VM in copy mode
+	Removed     uint64 `json:"removed"`      // bytes that the VM gave back, in copy mode
+	Retries     uint64 `json:"retries"`      // of faults while the VM's memory changed
 	// ServiceTime counts faults by the time from leaving the queue to the wake:
 	// element i those below 2^i microseconds and not below 2^(i-1); the last
 	// one also all longer ones.
@@ -25,8 +27,8 @@ type Stats struct {
 }
 
 type counters struct {
-	faults, dataFaults, hits, zeroFaults, bytesFilled atomic.Uint64
-	serviceTime                                       [timeBuckets]atomic.Uint64
+	faults, dataFaults, hits, zeroFaults, bytesFilled, retries atomic.Uint64
+	serviceTime                                                [timeBuckets]atomic.Uint64
 }
 
 func (c *counters) observe(d time.Duration) {
@@ -36,7 +38,7 @@ func (c *counters) observe(d time.Duration) {
 func (c *counters) snapshot() Stats {
 	s := Stats{
 		Faults: c.faults.Load(), DataFaults: c.dataFaults.Load(), Hits: c.hits.Load(),
-		ZeroFaults: c.zeroFaults.Load(), BytesFilled: c.bytesFilled.Load(),
+		ZeroFaults: c.zeroFaults.Load(), BytesFilled: c.bytesFilled.Load(), Retries: c.retries.Load(),
 	}
 	for i := range s.ServiceTime {
 		s.ServiceTime[i] = c.serviceTime[i].Load()

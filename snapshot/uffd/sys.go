@@ -30,6 +30,8 @@ const (
 	canZeropage = 1 << 4
 
 	eventPagefault = 0x12
+	eventFork      = 0x13
+	eventRemove    = 0x15
 	msgSize        = 32
 )
 
@@ -41,7 +43,7 @@ type uffdioRegister struct {
 }
 type uffdioCopy struct {
 	dst          uint64
-	src          unsafe.Pointer
+	src          *byte
 	length, mode uint64
 	copied       int64
 }
@@ -56,6 +58,12 @@ func ioctl(fd int, req uintptr, arg unsafe.Pointer) error {
 		return e
 	}
 	return nil
+}
+
+func ioctlCopyPages(fd int, c *uffdioCopy) error { return ioctl(fd, ioctlCopy, unsafe.Pointer(c)) }
+
+func ioctlZeroPages(fd int, z *uffdioZeropage) error {
+	return ioctl(fd, ioctlZeropage, unsafe.Pointer(z))
 }
 
 // handshake must be the first call on a userfaultfd.
@@ -97,7 +105,7 @@ func copyPages(fd int, addr uintptr, p []byte, exists func(off int64) error) err
 	tries := 0
 	for done := 0; done < len(p); {
 		c := uffdioCopy{
-			dst: uint64(addr) + uint64(done), src: unsafe.Pointer(&p[done]),
+			dst: uint64(addr) + uint64(done), src: &p[done],
 			length: uint64(len(p) - done), mode: copyModeDontwake,
 		}
 		err := ioctl(fd, ioctlCopy, unsafe.Pointer(&c))

@@ -5,7 +5,6 @@ package uffd
 import (
 	"bufio"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -19,20 +18,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// victimMain maps descriptor 3 shared and obeys commands on standard input,
-// one answer line each.
+// victimMain maps descriptor 3 shared, if it is not for copy mode, and obeys
+// commands on standard input, one answer line each.
 func victimMain() {
 	debug.SetGCPercent(-1)
 	runtime.GOMAXPROCS(8) // a goroutine in a page fault keeps its processor
-	var st unix.Stat_t
-	if err := unix.Fstat(3, &st); err != nil {
-		victimFail("fstat", err)
+	v := &victim{}
+	if os.Getenv(victimEnv) != "copy" {
+		var st unix.Stat_t
+		if err := unix.Fstat(3, &st); err != nil {
+			victimFail("fstat", err)
+		}
+		mem, err := unix.Mmap(3, 0, int(st.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+		if err != nil {
+			victimFail("mmap", err)
+		}
+		v.mem = mem
 	}
-	mem, err := unix.Mmap(3, 0, int(st.Size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
-	if err != nil {
-		victimFail("mmap", err)
-	}
-	v := &victim{mem: mem}
 	fmt.Println("ready")
 	sc := bufio.NewScanner(os.Stdin)
 	for sc.Scan() {
@@ -47,6 +49,7 @@ func victimFail(what string, err error) {
 
 type victim struct {
 	mem     []byte
+	copy    copyVictim
 	results chan string
 	pipes   [2][2]int
 	word    uint32
@@ -98,8 +101,7 @@ func (v *victim) do(f []string) string {
 	case "unblock":
 		return v.unblock()
 	}
-	victimFail(f[0], errors.New("unknown command"))
-	return ""
+	return v.doCopy(f, num)
 }
 
 // block puts threads to sleep in different system calls and prints name=tid.

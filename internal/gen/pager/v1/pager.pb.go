@@ -28,6 +28,59 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type MemoryMode int32
+
+const (
+	// As shared.
+	MemoryMode_MEMORY_MODE_UNSPECIFIED MemoryMode = 0
+	// The VMM maps the image's shared pages; clones share them.
+	MemoryMode_MEMORY_MODE_SHARED MemoryMode = 1
+	// The VMM has memory of its own and hands its userfaultfd over on a socket;
+	// pages are copied into it.
+	MemoryMode_MEMORY_MODE_COPY MemoryMode = 2
+)
+
+// Enum value maps for MemoryMode.
+var (
+	MemoryMode_name = map[int32]string{
+		0: "MEMORY_MODE_UNSPECIFIED",
+		1: "MEMORY_MODE_SHARED",
+		2: "MEMORY_MODE_COPY",
+	}
+	MemoryMode_value = map[string]int32{
+		"MEMORY_MODE_UNSPECIFIED": 0,
+		"MEMORY_MODE_SHARED":      1,
+		"MEMORY_MODE_COPY":        2,
+	}
+)
+
+func (x MemoryMode) Enum() *MemoryMode {
+	p := new(MemoryMode)
+	*p = x
+	return p
+}
+
+func (x MemoryMode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MemoryMode) Descriptor() protoreflect.EnumDescriptor {
+	return file_pager_v1_pager_proto_enumTypes[0].Descriptor()
+}
+
+func (MemoryMode) Type() protoreflect.EnumType {
+	return &file_pager_v1_pager_proto_enumTypes[0]
+}
+
+func (x MemoryMode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MemoryMode.Descriptor instead.
+func (MemoryMode) EnumDescriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{0}
+}
+
 type GetStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -132,7 +185,11 @@ type PrepareMemoryRequest struct {
 	ImageId string `protobuf:"bytes,2,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
 	// Keep the pages in RAM, within the pager's bound, when the last user is
 	// gone: the next clone of a named snapshot then starts without faults.
-	KeepWarm      bool `protobuf:"varint,3,opt,name=keep_warm,json=keepWarm,proto3" json:"keep_warm,omitempty"`
+	KeepWarm bool       `protobuf:"varint,3,opt,name=keep_warm,json=keepWarm,proto3" json:"keep_warm,omitempty"`
+	Mode     MemoryMode `protobuf:"varint,4,opt,name=mode,proto3,enum=pager.v1.MemoryMode" json:"mode,omitempty"`
+	// Copy mode: the unix socket to listen on for the VMM, a clean absolute path
+	// of at most 107 bytes.
+	SocketPath    string `protobuf:"bytes,5,opt,name=socket_path,json=socketPath,proto3" json:"socket_path,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -188,9 +245,23 @@ func (x *PrepareMemoryRequest) GetKeepWarm() bool {
 	return false
 }
 
+func (x *PrepareMemoryRequest) GetMode() MemoryMode {
+	if x != nil {
+		return x.Mode
+	}
+	return MemoryMode_MEMORY_MODE_UNSPECIFIED
+}
+
+func (x *PrepareMemoryRequest) GetSocketPath() string {
+	if x != nil {
+		return x.SocketPath
+	}
+	return ""
+}
+
 type PrepareMemoryResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The shared pages are /proc/<pid>/fd/<fd>.
+	// The shared pages are /proc/<pid>/fd/<fd>; both are 0 in copy mode.
 	Pid           int32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
 	Fd            int32 `protobuf:"varint,2,opt,name=fd,proto3" json:"fd,omitempty"`
 	Size          int64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
@@ -303,7 +374,8 @@ func (x *AttachMemoryRequest) GetPid() int32 {
 
 type AttachMemoryResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Where the RAM lies in the VM process.
+	// Where the RAM lies in the VM process; 0 in copy mode, where it is not
+	// known yet.
 	Address       uint64 `protobuf:"varint,1,opt,name=address,proto3" json:"address,omitempty"`
 	Length        int64  `protobuf:"varint,2,opt,name=length,proto3" json:"length,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -866,7 +938,9 @@ type GetStatsResponse struct {
 	SharedResidentBytes int64 `protobuf:"varint,4,opt,name=shared_resident_bytes,json=sharedResidentBytes,proto3" json:"shared_resident_bytes,omitempty"`
 	// Why the pager killed the VM: a page that could not be had. Empty as long
 	// as all is well.
-	Fatal         string `protobuf:"bytes,5,opt,name=fatal,proto3" json:"fatal,omitempty"`
+	Fatal string `protobuf:"bytes,5,opt,name=fatal,proto3" json:"fatal,omitempty"`
+	// The page faults of a process are being served.
+	Attached      bool `protobuf:"varint,6,opt,name=attached,proto3" json:"attached,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -936,6 +1010,13 @@ func (x *GetStatsResponse) GetFatal() string {
 	return ""
 }
 
+func (x *GetStatsResponse) GetAttached() bool {
+	if x != nil {
+		return x.Attached
+	}
+	return false
+}
+
 var File_pager_v1_pager_proto protoreflect.FileDescriptor
 
 const file_pager_v1_pager_proto_rawDesc = "" +
@@ -945,12 +1026,15 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\x11GetStatusResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1c\n" +
-	"\tsandboxes\x18\x03 \x03(\tR\tsandboxes\"m\n" +
+	"\tsandboxes\x18\x03 \x03(\tR\tsandboxes\"\xb8\x01\n" +
 	"\x14PrepareMemoryRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x19\n" +
 	"\bimage_id\x18\x02 \x01(\tR\aimageId\x12\x1b\n" +
-	"\tkeep_warm\x18\x03 \x01(\bR\bkeepWarm\"M\n" +
+	"\tkeep_warm\x18\x03 \x01(\bR\bkeepWarm\x12(\n" +
+	"\x04mode\x18\x04 \x01(\x0e2\x14.pager.v1.MemoryModeR\x04mode\x12\x1f\n" +
+	"\vsocket_path\x18\x05 \x01(\tR\n" +
+	"socketPath\"M\n" +
 	"\x15PrepareMemoryResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x0e\n" +
 	"\x02fd\x18\x02 \x01(\x05R\x02fd\x12\x12\n" +
@@ -991,14 +1075,20 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\x11DropImageResponse\"0\n" +
 	"\x0fGetStatsRequest\x12\x1d\n" +
 	"\n" +
-	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\xb8\x01\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\xd4\x01\n" +
 	"\x10GetStatsResponse\x12\x16\n" +
 	"\x06faults\x18\x01 \x01(\x04R\x06faults\x12!\n" +
 	"\fbytes_filled\x18\x02 \x01(\x04R\vbytesFilled\x12\x1f\n" +
 	"\vzero_faults\x18\x03 \x01(\x04R\n" +
 	"zeroFaults\x122\n" +
 	"\x15shared_resident_bytes\x18\x04 \x01(\x03R\x13sharedResidentBytes\x12\x14\n" +
-	"\x05fatal\x18\x05 \x01(\tR\x05fatal2\x9e\x05\n" +
+	"\x05fatal\x18\x05 \x01(\tR\x05fatal\x12\x1a\n" +
+	"\battached\x18\x06 \x01(\bR\battached*W\n" +
+	"\n" +
+	"MemoryMode\x12\x1b\n" +
+	"\x17MEMORY_MODE_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12MEMORY_MODE_SHARED\x10\x01\x12\x14\n" +
+	"\x10MEMORY_MODE_COPY\x10\x022\x9e\x05\n" +
 	"\fPagerService\x12D\n" +
 	"\tGetStatus\x12\x1a.pager.v1.GetStatusRequest\x1a\x1b.pager.v1.GetStatusResponse\x12P\n" +
 	"\rPrepareMemory\x12\x1e.pager.v1.PrepareMemoryRequest\x1a\x1f.pager.v1.PrepareMemoryResponse\x12M\n" +
@@ -1024,51 +1114,54 @@ func file_pager_v1_pager_proto_rawDescGZIP() []byte {
 	return file_pager_v1_pager_proto_rawDescData
 }
 
+var file_pager_v1_pager_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_pager_v1_pager_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_pager_v1_pager_proto_goTypes = []any{
-	(*GetStatusRequest)(nil),      // 0: pager.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),     // 1: pager.v1.GetStatusResponse
-	(*PrepareMemoryRequest)(nil),  // 2: pager.v1.PrepareMemoryRequest
-	(*PrepareMemoryResponse)(nil), // 3: pager.v1.PrepareMemoryResponse
-	(*AttachMemoryRequest)(nil),   // 4: pager.v1.AttachMemoryRequest
-	(*AttachMemoryResponse)(nil),  // 5: pager.v1.AttachMemoryResponse
-	(*ReleaseMemoryRequest)(nil),  // 6: pager.v1.ReleaseMemoryRequest
-	(*ReleaseMemoryResponse)(nil), // 7: pager.v1.ReleaseMemoryResponse
-	(*ServeDiskRequest)(nil),      // 8: pager.v1.ServeDiskRequest
-	(*ServeDiskResponse)(nil),     // 9: pager.v1.ServeDiskResponse
-	(*ReadDiskRequest)(nil),       // 10: pager.v1.ReadDiskRequest
-	(*ReadDiskResponse)(nil),      // 11: pager.v1.ReadDiskResponse
-	(*StopDiskRequest)(nil),       // 12: pager.v1.StopDiskRequest
-	(*StopDiskResponse)(nil),      // 13: pager.v1.StopDiskResponse
-	(*DropImageRequest)(nil),      // 14: pager.v1.DropImageRequest
-	(*DropImageResponse)(nil),     // 15: pager.v1.DropImageResponse
-	(*GetStatsRequest)(nil),       // 16: pager.v1.GetStatsRequest
-	(*GetStatsResponse)(nil),      // 17: pager.v1.GetStatsResponse
+	(MemoryMode)(0),               // 0: pager.v1.MemoryMode
+	(*GetStatusRequest)(nil),      // 1: pager.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),     // 2: pager.v1.GetStatusResponse
+	(*PrepareMemoryRequest)(nil),  // 3: pager.v1.PrepareMemoryRequest
+	(*PrepareMemoryResponse)(nil), // 4: pager.v1.PrepareMemoryResponse
+	(*AttachMemoryRequest)(nil),   // 5: pager.v1.AttachMemoryRequest
+	(*AttachMemoryResponse)(nil),  // 6: pager.v1.AttachMemoryResponse
+	(*ReleaseMemoryRequest)(nil),  // 7: pager.v1.ReleaseMemoryRequest
+	(*ReleaseMemoryResponse)(nil), // 8: pager.v1.ReleaseMemoryResponse
+	(*ServeDiskRequest)(nil),      // 9: pager.v1.ServeDiskRequest
+	(*ServeDiskResponse)(nil),     // 10: pager.v1.ServeDiskResponse
+	(*ReadDiskRequest)(nil),       // 11: pager.v1.ReadDiskRequest
+	(*ReadDiskResponse)(nil),      // 12: pager.v1.ReadDiskResponse
+	(*StopDiskRequest)(nil),       // 13: pager.v1.StopDiskRequest
+	(*StopDiskResponse)(nil),      // 14: pager.v1.StopDiskResponse
+	(*DropImageRequest)(nil),      // 15: pager.v1.DropImageRequest
+	(*DropImageResponse)(nil),     // 16: pager.v1.DropImageResponse
+	(*GetStatsRequest)(nil),       // 17: pager.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),      // 18: pager.v1.GetStatsResponse
 }
 var file_pager_v1_pager_proto_depIdxs = []int32{
-	0,  // 0: pager.v1.PagerService.GetStatus:input_type -> pager.v1.GetStatusRequest
-	2,  // 1: pager.v1.PagerService.PrepareMemory:input_type -> pager.v1.PrepareMemoryRequest
-	4,  // 2: pager.v1.PagerService.AttachMemory:input_type -> pager.v1.AttachMemoryRequest
-	6,  // 3: pager.v1.PagerService.ReleaseMemory:input_type -> pager.v1.ReleaseMemoryRequest
-	8,  // 4: pager.v1.PagerService.ServeDisk:input_type -> pager.v1.ServeDiskRequest
-	10, // 5: pager.v1.PagerService.ReadDisk:input_type -> pager.v1.ReadDiskRequest
-	12, // 6: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
-	14, // 7: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
-	16, // 8: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
-	1,  // 9: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
-	3,  // 10: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
-	5,  // 11: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
-	7,  // 12: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
-	9,  // 13: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
-	11, // 14: pager.v1.PagerService.ReadDisk:output_type -> pager.v1.ReadDiskResponse
-	13, // 15: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
-	15, // 16: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
-	17, // 17: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
-	9,  // [9:18] is the sub-list for method output_type
-	0,  // [0:9] is the sub-list for method input_type
-	0,  // [0:0] is the sub-list for extension type_name
-	0,  // [0:0] is the sub-list for extension extendee
-	0,  // [0:0] is the sub-list for field type_name
+	0,  // 0: pager.v1.PrepareMemoryRequest.mode:type_name -> pager.v1.MemoryMode
+	1,  // 1: pager.v1.PagerService.GetStatus:input_type -> pager.v1.GetStatusRequest
+	3,  // 2: pager.v1.PagerService.PrepareMemory:input_type -> pager.v1.PrepareMemoryRequest
+	5,  // 3: pager.v1.PagerService.AttachMemory:input_type -> pager.v1.AttachMemoryRequest
+	7,  // 4: pager.v1.PagerService.ReleaseMemory:input_type -> pager.v1.ReleaseMemoryRequest
+	9,  // 5: pager.v1.PagerService.ServeDisk:input_type -> pager.v1.ServeDiskRequest
+	11, // 6: pager.v1.PagerService.ReadDisk:input_type -> pager.v1.ReadDiskRequest
+	13, // 7: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
+	15, // 8: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
+	17, // 9: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
+	2,  // 10: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
+	4,  // 11: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
+	6,  // 12: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
+	8,  // 13: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
+	10, // 14: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
+	12, // 15: pager.v1.PagerService.ReadDisk:output_type -> pager.v1.ReadDiskResponse
+	14, // 16: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
+	16, // 17: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
+	18, // 18: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
+	10, // [10:19] is the sub-list for method output_type
+	1,  // [1:10] is the sub-list for method input_type
+	1,  // [1:1] is the sub-list for extension type_name
+	1,  // [1:1] is the sub-list for extension extendee
+	0,  // [0:1] is the sub-list for field type_name
 }
 
 func init() { file_pager_v1_pager_proto_init() }
@@ -1081,13 +1174,14 @@ func file_pager_v1_pager_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pager_v1_pager_proto_rawDesc), len(file_pager_v1_pager_proto_rawDesc)),
-			NumEnums:      0,
+			NumEnums:      1,
 			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_pager_v1_pager_proto_goTypes,
 		DependencyIndexes: file_pager_v1_pager_proto_depIdxs,
+		EnumInfos:         file_pager_v1_pager_proto_enumTypes,
 		MessageInfos:      file_pager_v1_pager_proto_msgTypes,
 	}.Build()
 	File_pager_v1_pager_proto = out.File

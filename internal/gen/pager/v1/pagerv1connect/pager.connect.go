@@ -67,10 +67,13 @@ type PagerServiceClient interface {
 	// GetStatus tells who serves: the engine checks it before trusting a socket.
 	GetStatus(context.Context, *connect.Request[v1.GetStatusRequest]) (*connect.Response[v1.GetStatusResponse], error)
 	// PrepareMemory opens a memory image (once per host) for a sandbox and
-	// names the descriptor of its shared pages within the pager's process.
+	// names the descriptor of its shared pages within the pager's process. In
+	// copy mode it listens for the VMM's userfaultfd instead.
 	PrepareMemory(context.Context, *connect.Request[v1.PrepareMemoryRequest]) (*connect.Response[v1.PrepareMemoryResponse], error)
 	// AttachMemory turns the VM process's mapping of that descriptor into a
-	// private one and begins to serve its page faults.
+	// private one and begins to serve its page faults. In copy mode it names the
+	// process that may hand its userfaultfd over, and answers at once: the
+	// hand-over happens when the VMM loads its state.
 	AttachMemory(context.Context, *connect.Request[v1.AttachMemoryRequest]) (*connect.Response[v1.AttachMemoryResponse], error)
 	// ReleaseMemory ends the service. The VM process must be dead: a page that
 	// nobody serves would read as zeros.
@@ -218,10 +221,13 @@ type PagerServiceHandler interface {
 	// GetStatus tells who serves: the engine checks it before trusting a socket.
 	GetStatus(context.Context, *connect.Request[v1.GetStatusRequest]) (*connect.Response[v1.GetStatusResponse], error)
 	// PrepareMemory opens a memory image (once per host) for a sandbox and
-	// names the descriptor of its shared pages within the pager's process.
+	// names the descriptor of its shared pages within the pager's process. In
+	// copy mode it listens for the VMM's userfaultfd instead.
 	PrepareMemory(context.Context, *connect.Request[v1.PrepareMemoryRequest]) (*connect.Response[v1.PrepareMemoryResponse], error)
 	// AttachMemory turns the VM process's mapping of that descriptor into a
-	// private one and begins to serve its page faults.
+	// private one and begins to serve its page faults. In copy mode it names the
+	// process that may hand its userfaultfd over, and answers at once: the
+	// hand-over happens when the VMM loads its state.
 	AttachMemory(context.Context, *connect.Request[v1.AttachMemoryRequest]) (*connect.Response[v1.AttachMemoryResponse], error)
 	// ReleaseMemory ends the service. The VM process must be dead: a page that
 	// nobody serves would read as zeros.
