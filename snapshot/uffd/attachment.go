@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -36,7 +37,7 @@ func (r AttachmentRecord) validate(size int64) error {
 	case r.Length != size:
 		return fmt.Errorf("attachment record: length %d, image has %d", r.Length, size)
 	case len(r.Regions) > 0:
-		if err := checkRegions(r.Regions, size); err != nil {
+		if _, err := checkRegions(r.Regions, size); err != nil {
 			return fmt.Errorf("attachment record: %w", err)
 		}
 	case r.Addr == 0 || r.Addr%pageSize != 0:
@@ -190,7 +191,11 @@ func (a *Attachment) regionAt(off int64) *Region {
 }
 
 // Record is what Reattach needs.
-func (a *Attachment) Record() AttachmentRecord { return a.rec }
+func (a *Attachment) Record() AttachmentRecord {
+	r := a.rec
+	r.Regions = slices.Clone(r.Regions)
+	return r
+}
 
 // Close lets go of the process without ending it: its faults wait until
 // somebody attaches again. Only for an attachment that no Server has.

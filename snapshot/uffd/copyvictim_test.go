@@ -295,12 +295,16 @@ func runVictim(t testing.TB, cmd *exec.Cmd) *victimProc {
 		t.Fatal(err)
 	}
 	v := &victimProc{t: t, cmd: cmd, stdin: stdin, out: bufio.NewReader(stdout), done: make(chan struct{})}
+	pidfd, err := unix.PidfdOpen(v.pid(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go v.watch(pidfd)
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		<-v.done
 	})
 	line, err := v.out.ReadString('\n')
-	go v.watch(t)
 	if err != nil || line != "ready\n" {
 		t.Fatalf("victim says %q, %v", line, err)
 	}

@@ -70,10 +70,7 @@ func ParseRegions(b []byte, size int64) ([]Region, error) {
 		}
 		regions[i] = r
 	}
-	if err := checkRegions(regions, size); err != nil {
-		return nil, err
-	}
-	return regions, nil
+	return checkRegions(regions, size)
 }
 
 func (w wireRegion) region(size int64) (Region, error) {
@@ -91,38 +88,39 @@ func (w wireRegion) region(size int64) (Region, error) {
 	return Region{Addr: *w.Base, Size: int64(*w.Size), Offset: int64(*w.Offset)}, nil
 }
 
-// checkRegions sorts regions by offset and makes sure that they cover an image
-// of size bytes exactly and do not overlap in memory.
-func checkRegions(regions []Region, size int64) error {
+// checkRegions gives regions in the order of their offsets, having made sure
+// that they cover an image of size bytes exactly and do not overlap in memory.
+func checkRegions(regions []Region, size int64) ([]Region, error) {
 	if len(regions) == 0 || len(regions) > maxRegions {
-		return fmt.Errorf("%d regions, 1 to %d allowed", len(regions), maxRegions)
+		return nil, fmt.Errorf("%d regions, 1 to %d allowed", len(regions), maxRegions)
 	}
 	for i, r := range regions {
 		switch {
 		case r.Size <= 0 || r.Size%pageSize != 0 || r.Size > size:
-			return fmt.Errorf("region %d: size %d is no positive multiple of %d within the image", i, r.Size, pageSize)
+			return nil, fmt.Errorf("region %d: size %d is no positive multiple of %d within the image", i, r.Size, pageSize)
 		case r.Offset < 0 || r.Offset%pageSize != 0 || r.Offset > size-r.Size:
-			return fmt.Errorf("region %d: offset %d is no multiple of %d within the image", i, r.Offset, pageSize)
+			return nil, fmt.Errorf("region %d: offset %d is no multiple of %d within the image", i, r.Offset, pageSize)
 		case r.Addr == 0 || r.Addr%pageSize != 0 || r.Addr >= maxUserAddr || uint64(r.Size) > maxUserAddr-r.Addr:
-			return fmt.Errorf("region %d: address %#x is no page of user space", i, r.Addr)
+			return nil, fmt.Errorf("region %d: address %#x is no page of user space", i, r.Addr)
 		}
 	}
+	regions = slices.Clone(regions)
 	slices.SortFunc(regions, func(a, b Region) int { return cmp.Compare(a.Addr, b.Addr) })
 	for i := 1; i < len(regions); i++ {
 		if a, b := regions[i-1], regions[i]; a.Addr+uint64(a.Size) > b.Addr {
-			return fmt.Errorf("regions at %#x and %#x overlap in memory", a.Addr, b.Addr)
+			return nil, fmt.Errorf("regions at %#x and %#x overlap in memory", a.Addr, b.Addr)
 		}
 	}
 	slices.SortFunc(regions, func(a, b Region) int { return cmp.Compare(a.Offset, b.Offset) })
 	var next int64
 	for _, r := range regions {
 		if r.Offset != next {
-			return fmt.Errorf("region at offset %d: the one before it ends at %d", r.Offset, next)
+			return nil, fmt.Errorf("region at offset %d: the one before it ends at %d", r.Offset, next)
 		}
 		next = r.end()
 	}
 	if next != size {
-		return fmt.Errorf("regions hold %d bytes, the image has %d", next, size)
+		return nil, fmt.Errorf("regions hold %d bytes, the image has %d", next, size)
 	}
-	return nil
+	return regions, nil
 }

@@ -138,13 +138,8 @@ func startVictim(t testing.TB, shared *Shared, o victimOptions) *victimProc {
 
 // watch waits by pidfd and reaps afterwards: a wait for a child would be given
 // the ptrace stops of this process's other threads.
-func (v *victimProc) watch(t testing.TB) {
+func (v *victimProc) watch(fd int) {
 	defer close(v.done)
-	fd, err := unix.PidfdOpen(v.pid(), 0)
-	if err != nil {
-		t.Error(err)
-		return
-	}
 	defer unix.Close(fd)
 	for {
 		_, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)

@@ -278,14 +278,15 @@ func ReattachCopy(ctx context.Context, rec AttachmentRecord, src Source, m *Page
 	if err := rec.validate(src.Size()); err != nil {
 		return nil, fmt.Errorf("uffd: %w", err)
 	}
-	if len(rec.Regions) == 0 {
-		return nil, errors.New("uffd: attachment record: no regions")
+	regions, err := checkRegions(rec.Regions, src.Size())
+	if err != nil {
+		return nil, fmt.Errorf("uffd: attachment record: %w", err)
 	}
 	proc, err := openProcess(rec.PID)
 	if err != nil {
 		return nil, fmt.Errorf("uffd: attach again to process %d: %w", rec.PID, err)
 	}
-	a := &Attachment{rec: rec, src: src, regions: rec.Regions, pages: m, proc: proc, fd: -1}
+	a := &Attachment{rec: rec, src: src, regions: regions, pages: m, proc: proc, fd: -1}
 	if proc.start != rec.StartTime {
 		err = fmt.Errorf("another process has its number now: %w", ErrGone)
 	}

@@ -33,10 +33,16 @@
 //     server leaves guests waiting, not reading zeros.
 //  6. Serving a fault starts no goroutine, allocates nothing and pins no
 //     thread.
+//  7. In copy mode a page that was removed from a VM's memory is zeros from
+//     then on; no page of the image comes back to its place, and no death of
+//     the server forgets it, see PageMap.
+//  8. A VMM that hands its userfaultfd over decides about its own memory only:
+//     what it says is bounded and checked, its lies end in its own death.
 //
-// Pages put directly into a VM's memory (UFFDIO_COPY, for a VMM that hands its
-// userfaultfd over) are a second mode that is not here yet; it would be another
-// kind of Attachment beside the one of Inject, on the same Server and Source.
+// Copy mode is for a VMM that has memory of its own and hands its userfaultfd
+// over on a unix socket, as Firecracker does: Peer.Accept makes an Attachment
+// of another kind, on the same Server and Source, whose pages are copied
+// straight into the VM. Clones then share no memory.
 package uffd
 
 import (
