@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -39,6 +40,10 @@ func (s *Service) Create(ctx context.Context, p CreateParams) (_ Sandbox, err er
 // template finds what to create from; one that the database does not know yet
 // may be on the host.
 func (s *Service) template(ctx context.Context, name string) (Template, error) {
+	name, err := s.resolve(ctx, name)
+	if err != nil {
+		return Template{}, err
+	}
 	t, err := s.store.GetTemplate(ctx, name)
 	if errors.Is(err, ErrNotFound) {
 		list, err := s.reconcileTemplates(ctx)
@@ -56,6 +61,41 @@ func (s *Service) template(ctx context.Context, name string) (Template, error) {
 		return t, fmt.Errorf("read template %s: %w", name, err)
 	}
 	return t, nil
+}
+
+// resolve gives the snapshot of a built template's name and tag. A template's or
+// snapshot's own name comes first, and stands also with the usual tags.
+func (s *Service) resolve(ctx context.Context, name string) (string, error) {
+	base, tag, tagged := strings.Cut(name, ":")
+	if !tagged {
+		tag = "default"
+	}
+	usual := tag == "default" || tag == "latest"
+	if s.opt.Resolve == nil && usual {
+		return base, nil
+	}
+	if usual {
+		_, err := s.store.GetTemplate(ctx, base)
+		if err == nil {
+			return base, nil
+		}
+		if !errors.Is(err, ErrNotFound) {
+			return "", fmt.Errorf("read template %s: %w", base, err)
+		}
+	}
+	if s.opt.Resolve != nil {
+		snapshot, err := s.opt.Resolve(ctx, base, tag)
+		if err == nil {
+			return snapshot, nil
+		}
+		if !errors.Is(err, ErrNotFound) {
+			return "", fmt.Errorf("resolve template %s: %w", name, err)
+		}
+	}
+	if usual {
+		return base, nil // the host may have it
+	}
+	return "", errorf(CodeNotFound, "template: there is no template %q", name)
 }
 
 // plan decides the row of a new sandbox.

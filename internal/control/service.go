@@ -30,6 +30,10 @@ type Options struct {
 	// KeepStopped is how long deleted sandboxes stay in the history; 0 is a
 	// week.
 	KeepStopped time.Duration
+	// Resolve gives the snapshot that a name and tag stand for where no template
+	// has the name itself; ErrNotFound where there is none. nil: there are no
+	// such names.
+	Resolve func(ctx context.Context, name, tag string) (string, error)
 	// Observe is called at the end of every operation; nil is nobody.
 	Observe func(op string, took time.Duration, err error)
 }

@@ -33,6 +33,7 @@ const (
 var (
 	idRE   = regexp.MustCompile(`^[a-z0-9]{1,32}$`)
 	nameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
+	tagRE  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
 	userRE = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
 	envRE  = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.-]*$`)
 )
@@ -115,8 +116,12 @@ func (p *CreateParams) validate() error {
 	if p.Template == "" {
 		p.Template = DefaultTemplate
 	}
-	if err := ValidateName("template", p.Template); err != nil {
+	name, tag, tagged := strings.Cut(p.Template, ":")
+	if err := ValidateName("template", name); err != nil {
 		return err
+	}
+	if tagged && !tagRE.MatchString(tag) {
+		return Invalid("template", "the tag after the colon must be 1 to 63 letters, digits, dots, underscores and hyphens")
 	}
 	if p.VCPUs != nil {
 		if err := inRange("vcpus", *p.VCPUs, MinVCPUs, MaxVCPUs, ""); err != nil {

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -38,7 +39,8 @@ func (s *Server) newCommand(c *pb.ProcessConfig, u account, tty bool) (*command,
 		return nil, err
 	}
 	id := s.identity()
-	dir, err := workingDir(c, id.DefaultWorkdir, u)
+	def := s.defaults()
+	dir, err := workingDir(c, cmp.Or(def.Workdir, id.DefaultWorkdir), u)
 	if err != nil {
 		return nil, err
 	}
@@ -49,6 +51,7 @@ func (s *Server) newCommand(c *pb.ProcessConfig, u account, tty bool) (*command,
 	if tty {
 		env["TERM"] = "xterm-256color"
 	}
+	maps.Copy(env, def.Envs)
 	maps.Copy(env, id.Envs)
 	maps.Copy(env, c.GetEnvs())
 	path, err := findProgram(c.GetCmd(), env["PATH"], dir)

@@ -31,6 +31,8 @@ const (
 	// RunDir holds the generation file, and the state that lets a restarted
 	// agent go on. It is on a tmpfs.
 	RunDir = "/run/wrenn"
+	// DefaultsFile says what a template gives to processes.
+	DefaultsFile = "/etc/wrenn/template.json"
 
 	defaultUser = "user"
 )
@@ -48,6 +50,8 @@ type Options struct {
 	RunDir string
 	// Passwd and Group are the user database; empty is /etc/passwd, /etc/group.
 	Passwd, Group string
+	// DefaultsFile is the template's; empty is DefaultsFile.
+	DefaultsFile string
 	// Logger; nil logs warnings to standard error.
 	Logger *slog.Logger
 	// Now; nil is time.Now.
@@ -90,6 +94,9 @@ func New(o Options) (*Server, error) {
 	}
 	if o.Group == "" {
 		o.Group = "/etc/group"
+	}
+	if o.DefaultsFile == "" {
+		o.DefaultsFile = DefaultsFile
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))

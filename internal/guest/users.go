@@ -122,6 +122,11 @@ func (s *Server) callUser(named string, h http.Header) (account, error) {
 	if named != "" {
 		return s.accounts.lookup(named)
 	}
+	if own := s.defaults().User; own != "" {
+		if u, err := s.accounts.lookup(own); err == nil {
+			return u, nil
+		} // else the user was removed since
+	}
 	name := s.identity().DefaultUser
 	if name == "" {
 		name = defaultUser
