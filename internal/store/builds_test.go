@@ -1,4 +1,4 @@
-package store
+package store_test
 
 import (
 	"errors"
@@ -9,20 +9,16 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"git.omukk.dev/wrenn/sandbox/internal/control"
+	"git.omukk.dev/wrenn/sandbox/internal/store"
 	"git.omukk.dev/wrenn/sandbox/internal/templatebuild"
 )
 
 func TestBuilds(t *testing.T) {
-	db, err := Open(t.Context(), filepath.Join(t.TempDir(), "db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	checkBuilds(t, db)
+	checkBuilds(t, openAt(t, filepath.Join(t.TempDir(), "db")))
 }
 
 // checkBuilds is run on SQLite here, and on whatever database a caller has.
-func checkBuilds(t *testing.T, db *DB) {
+func checkBuilds(t *testing.T, db *store.DB) {
 	ctx, at := t.Context(), time.UnixMicro(1e15).UTC()
 	is := func(err, want error) {
 		t.Helper()

@@ -96,7 +96,7 @@ func TestPostgres(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = admin.Close() })
 	var n atomic.Int64
-	storetest.Run(t, func(t *testing.T) control.Store {
+	fresh := func(t *testing.T) *store.DB {
 		name := fmt.Sprintf("wrenn_test_%d_%d", os.Getpid(), n.Add(1))
 		if _, err := admin.Exec("CREATE DATABASE " + name); err != nil {
 			t.Fatal(err)
@@ -112,7 +112,9 @@ func TestPostgres(t *testing.T) {
 		}
 		u.Path = "/" + name
 		return openAt(t, u.String())
-	})
+	}
+	storetest.Run(t, func(t *testing.T) control.Store { return fresh(t) })
+	t.Run("Builds", func(t *testing.T) { checkBuilds(t, fresh(t)) })
 }
 
 // findPostgres looks where Debian puts the server.
