@@ -38,6 +38,9 @@ type CompactionPlan struct {
 	Image     format.ID
 	Builds    int // that the image reads from now
 	Fragments int // mappings that it has now
+	// Urgent: it reads from more than twice the builds that it may. Who makes
+	// images faster than they are compacted waits for Compact then.
+	Urgent bool
 	// Rewrite lists the builds whose blocks would be copied into a new one;
 	// empty: the image is inside of its bounds.
 	Rewrite         []format.ID
@@ -86,6 +89,7 @@ func planCompaction(h *format.Header, policy CompactionPolicy) CompactionPlan {
 	}
 	p.BuildsAfter, p.FragmentsAfter = p.Builds, p.Fragments
 	tooMany := p.Builds > policy.MaxBuilds
+	p.Urgent = p.Builds > 2*policy.MaxBuilds
 	if !tooMany && (p.Fragments <= policy.MaxFragments || p.Fragments <= 2*p.fragmentsNeeded) {
 		return p
 	}

@@ -106,7 +106,8 @@ type Engine struct {
 
 	// storeUse is held for reading by whatever relies on images that no
 	// manifest or journal names yet, and for writing by the sweep.
-	storeUse sync.RWMutex
+	storeUse  sync.RWMutex
+	compactor compactor
 
 	mu        sync.Mutex
 	sandboxes map[string]*sandbox
@@ -185,6 +186,7 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 	if err := e.recover(ctx); err != nil {
 		return nil, err
 	}
+	e.compactAll()
 	return e, nil
 }
 

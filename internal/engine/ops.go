@@ -172,6 +172,7 @@ func (e *Engine) Pause(ctx context.Context, id string) (Info, Stats, error) {
 		// The state is safe; what stayed behind is the next start's to clear.
 		e.log.Error("not everything of a paused VM could be released", "sandbox", id, "err", err)
 	}
+	e.compactAfter(ctx, c.manifest)
 	return sb.info(), ph.statsWith(c.stats), nil
 }
 
@@ -349,6 +350,7 @@ func (e *Engine) Snapshot(ctx context.Context, id, name string) (snapshot.Manife
 	if err != nil {
 		return c.manifest, c.stats, fmt.Errorf("snapshot sandbox %s as %q: %w", id, name, err)
 	}
+	e.compactAfter(ctx, c.manifest)
 	return c.manifest, ph.statsWith(c.stats), nil
 }
 
