@@ -185,7 +185,7 @@ func copyBuilds(ctx context.Context, img *Image, w *Writer, builds []format.ID) 
 		rewrite[i] = slices.Contains(builds, b.ID)
 	}
 	buf := make([]byte, 1<<20)
-	for _, m := range h.Mappings {
+	for _, m := range h.Mappings.All() {
 		if !rewrite[m.Build] {
 			continue
 		}

@@ -77,7 +77,7 @@ func planCompaction(h *format.Header, policy CompactionPolicy) CompactionPlan {
 		use[i].index = uint32(i)
 	}
 	var end uint64
-	for _, m := range h.Mappings {
+	for _, m := range h.Mappings.All() {
 		u := &use[m.Build]
 		u.live += m.Length
 		u.fragments++
@@ -155,7 +155,7 @@ func fragmentsAfter(h *format.Header, victims []bool) int {
 	n := 0
 	var end uint64
 	open := false // the last mapping is of a victim
-	for _, m := range h.Mappings {
+	for _, m := range h.Mappings.All() {
 		if !victims[m.Build] || !open || m.Start != end {
 			n++
 		}

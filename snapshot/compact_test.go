@@ -75,8 +75,8 @@ func TestCompactKeepsContentAndBounds(t *testing.T) {
 		must(t, err)
 		h := img.Header()
 		if m.Memory.ID != r.To || m.Generation != before || h.Generation != 19 ||
-			len(h.Builds) != plan.BuildsAfter || len(h.Mappings) != plan.FragmentsAfter {
-			t.Fatalf("%+v: %d builds, %d mappings, want %+v", policy, len(h.Builds), len(h.Mappings), plan)
+			len(h.Builds) != plan.BuildsAfter || h.Mappings.Len() != plan.FragmentsAfter {
+			t.Fatalf("%+v: %d builds, %d mappings, want %+v", policy, len(h.Builds), h.Mappings.Len(), plan)
 		}
 		if !bytes.Equal(readImage(t, img), want) {
 			t.Fatalf("%+v: the content has changed", policy)

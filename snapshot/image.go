@@ -148,15 +148,15 @@ func (c *imageCore) release() error {
 // good.
 func (c *imageCore) read(p []byte, off int64) (int, error) {
 	h := c.header
-	next := h.Search(uint64(off) / blockSize)
+	next := h.Mappings.Seek(uint64(off) / blockSize)
+	m, more := next.Next()
 	done := 0
 	for done < len(p) {
 		at := off + int64(done)
-		if next == len(h.Mappings) {
+		if !more {
 			clear(p[done:])
 			break
 		}
-		m := &h.Mappings[next]
 		if start := int64(m.Start) * blockSize; at < start {
 			n := int(min(int64(len(p)-done), start-at))
 			clear(p[done : done+n])
@@ -164,12 +164,12 @@ func (c *imageCore) read(p []byte, off int64) (int, error) {
 			continue
 		}
 		run := p[done:int(min(int64(len(p)), int64(done)+int64(m.End())*blockSize-at))]
-		n, err := c.readRun(run, at, m)
+		n, err := c.readRun(run, at, &m)
 		done += n
 		if err != nil {
 			return done, err
 		}
-		next++
+		m, more = next.Next()
 	}
 	return len(p), nil
 }

@@ -86,7 +86,7 @@ func (s *Store) inspectImage(ctx context.Context, id format.ID, cells int) (Imag
 		return ImageInspection{}, err
 	}
 	out := ImageInspection{
-		ID: id, Size: h.Size, Generation: h.Generation, Mappings: len(h.Mappings), HeaderBytes: int64(len(raw)),
+		ID: id, Size: h.Size, Generation: h.Generation, Mappings: h.Mappings.Len(), HeaderBytes: int64(len(raw)),
 		Builds: make([]BuildInspection, len(h.Builds)), Cells: cellsOf(h, cells),
 	}
 	for i, b := range h.Builds {
@@ -99,7 +99,7 @@ func (s *Store) inspectImage(ctx context.Context, id format.ID, cells int) (Imag
 		}
 		out.Builds[i] = BuildInspection{ID: b.ID, Generation: g, StoredBytes: int64(b.Blocks) * blockSize}
 	}
-	for _, m := range h.Mappings {
+	for _, m := range h.Mappings.All() {
 		n := int64(m.Length) * blockSize
 		b := &out.Builds[m.Build]
 		b.UsedBytes += n
@@ -127,21 +127,19 @@ func (s *Store) generationOf(h *format.Header, build format.ID) (int64, error) {
 	return int64(own.Generation), nil
 }
 
-// cellsOf divides the image and finds what most of each part comes from. It
-// walks the mappings once.
+// cellsOf divides the image and finds what most of each part comes from. Two
+// parts look at the same mapping only where it reaches into both.
 func cellsOf(h *format.Header, cells int) []int {
 	blocks := h.Blocks()
 	cells = int(min(uint64(cells), blocks))
 	out := make([]int, cells)
-	at := 0 // first mapping that may reach into the cell
 	for c := range out {
 		from, to := blocks*uint64(c)/uint64(cells), blocks*uint64(c+1)/uint64(cells)
 		share := map[int]uint64{CellZero: to - from}
-		for i := at; i < len(h.Mappings) && h.Mappings[i].Start < to; i++ {
-			m := &h.Mappings[i]
-			if m.End() <= from {
-				at = i + 1
-				continue
+		for at := h.Mappings.Seek(from); ; {
+			m, ok := at.Next()
+			if !ok || m.Start >= to {
+				break
 			}
 			n := min(m.End(), to) - max(m.Start, from)
 			share[int(m.Build)] += n

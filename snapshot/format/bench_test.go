@@ -12,13 +12,15 @@ func large(n int) *Header {
 	h := &Header{Generation: 40, Build: testID(40), Parent: testID(39)}
 	var next [40]uint64
 	var at uint64
+	var ms []Mapping
 	for range n {
 		m := Mapping{Start: at + r.Uint64N(3), Length: 1 + r.Uint64N(8), Build: uint32(r.IntN(40))}
 		m.Offset = next[m.Build] + r.Uint64N(4)
 		next[m.Build] = m.Offset + m.Length
 		at = m.End()
-		h.Mappings = append(h.Mappings, m)
+		ms = append(ms, m)
 	}
+	h.Mappings = NewMappings(ms...)
 	for i, blocks := range next {
 		h.Builds = append(h.Builds, ref(byte(i+1), blocks))
 	}

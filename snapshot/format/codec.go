@@ -59,7 +59,7 @@ func Encode(h *Header) ([]byte, error) {
 	b = append(b, h.Build[:]...)
 	b = append(b, h.Parent[:]...)
 	b = le.AppendUint32(b, uint32(len(h.Builds)))
-	b = le.AppendUint32(b, uint32(len(h.Mappings)))
+	b = le.AppendUint32(b, uint32(h.Mappings.Len()))
 	for _, c := range cols {
 		b = le.AppendUint32(b, uint32(len(c)))
 	}
@@ -80,12 +80,11 @@ func Encode(h *Header) ([]byte, error) {
 func encodeColumns(h *Header) [columns][]byte {
 	var cols [columns][]byte
 	for i := range cols {
-		cols[i] = make([]byte, 0, len(h.Mappings)*3/2)
+		cols[i] = make([]byte, 0, h.Mappings.Len()*3/2)
 	}
 	next := make([]uint64, len(h.Builds)) // where each build's last mapping ended
 	var end uint64
-	for i := range h.Mappings {
-		m := &h.Mappings[i]
+	for _, m := range h.Mappings.All() {
 		cols[colGap] = binary.AppendUvarint(cols[colGap], m.Start-end)
 		cols[colLength] = binary.AppendUvarint(cols[colLength], m.Length-1)
 		cols[colBuild] = binary.AppendUvarint(cols[colBuild], uint64(m.Build))
@@ -213,42 +212,46 @@ func decodeBuilds(b []byte, n uint32) []BuildRef {
 	return out
 }
 
-func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) ([]Mapping, error) {
+func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings, error) {
 	if n == 0 {
 		for i, c := range cols {
 			if len(c) != 0 {
-				return nil, fieldErr(columnNames[i], "%d bytes are left over", len(c))
+				return Mappings{}, fieldErr(columnNames[i], "%d bytes are left over", len(c))
 			}
 		}
-		return nil, nil
+		return Mappings{}, nil
 	}
 	out := make([]Mapping, n)
 	next := make([]uint64, len(builds))
+	uses := make([]int, len(builds))
 	r := [columns]reader{{b: cols[0]}, {b: cols[1]}, {b: cols[2]}, {b: cols[3]}}
 	var end uint64
 	for i := range out {
 		gap, length, build, offset := r[colGap].next(), r[colLength].next(), r[colBuild].next(), r[colOffset].next()
 		if build >= uint64(len(builds)) || gap > MaxBlocks || length >= MaxBlocks {
-			return nil, rowError(&r, i, gap, length, build, len(builds))
+			return Mappings{}, rowError(&r, i, gap, length, build, len(builds))
 		}
 		m := Mapping{Start: end + gap, Length: length + 1, Build: uint32(build), Offset: next[build] + unzigzag(offset)}
 		// A wrapped sum cannot pass Validate: offsets there are below MaxBlocks.
 		next[build] = m.Offset + m.Length
 		end = m.Start + m.Length
 		if end > MaxBlocks {
-			return nil, fieldErr(columnNames[colGap], "value %d ends beyond the limit of %d blocks", i, uint64(MaxBlocks))
+			return Mappings{}, fieldErr(columnNames[colGap], "value %d ends beyond the limit of %d blocks", i, uint64(MaxBlocks))
 		}
+		uses[build]++
 		out[i] = m
 	}
 	for i := range r {
 		if r[i].bad {
-			return nil, fieldErr(columnNames[i], "holds a value that is cut or not in its shortest form")
+			return Mappings{}, fieldErr(columnNames[i], "holds a value that is cut or not in its shortest form")
 		}
 		if len(r[i].b) != r[i].at {
-			return nil, fieldErr(columnNames[i], "%d bytes are left over", len(r[i].b)-r[i].at)
+			return Mappings{}, fieldErr(columnNames[i], "%d bytes are left over", len(r[i].b)-r[i].at)
 		}
 	}
-	return out, nil
+	l := NewMappings(out...)
+	l.uses = uses
+	return l, nil
 }
 
 func rowError(r *[columns]reader, i int, gap, length, build uint64, builds int) error {

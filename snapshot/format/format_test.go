@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math/rand/v2"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -24,13 +27,23 @@ func example() *Header {
 	return &Header{
 		Size: 100 * BlockSize, Generation: 2, Build: testID(2), Parent: testID(1),
 		Builds: []BuildRef{ref(1, 50), ref(2, 7)},
-		Mappings: []Mapping{
+		Mappings: NewMappings([]Mapping{
 			{Start: 3, Length: 10, Build: 0, Offset: 0},
 			{Start: 13, Length: 2, Build: 1, Offset: 5},
 			{Start: 15, Length: 5, Build: 0, Offset: 12},
 			{Start: 40, Length: 1, Build: 1, Offset: 0},
-		},
+		}...),
 	}
+}
+
+// edit changes one mapping of a header.
+func edit(h *Header, i int, change func(*Mapping)) {
+	var ms []Mapping
+	for _, m := range h.Mappings.All() {
+		ms = append(ms, m)
+	}
+	change(&ms[i])
+	h.Mappings = NewMappings(ms...)
 }
 
 func mustEncode(t testing.TB, h *Header) []byte {
@@ -63,10 +76,10 @@ func TestEncodingIsAsSpecified(t *testing.T) {
 	h := &Header{
 		Size: 16 * BlockSize, Build: ID(bytes.Repeat([]byte{0xab}, 16)),
 		Builds: []BuildRef{{ID: ID(bytes.Repeat([]byte{0xab}, 16)), Blocks: 3}},
-		Mappings: []Mapping{
+		Mappings: NewMappings([]Mapping{
 			{Start: 2, Length: 1, Build: 0, Offset: 0},
 			{Start: 3, Length: 2, Build: 0, Offset: 1},
-		},
+		}...),
 	}
 	// The second mapping continues the first; Encode does not care.
 	got := fmt.Sprintf("%x", mustEncode(t, h))
@@ -175,12 +188,12 @@ func TestValidateNamesTheField(t *testing.T) {
 		{"size", func(h *Header) { h.Size = -BlockSize }},
 		{"parent", func(h *Header) { h.Generation = 0 }},
 		{"parent", func(h *Header) { h.Parent = h.Build }},
-		{"mappings[0].length", func(h *Header) { h.Mappings[0].Length = 0 }},
-		{"mappings[1].start", func(h *Header) { h.Mappings[1].Start = 12 }},
-		{"mappings[3].length", func(h *Header) { h.Mappings[3].Length = 61; h.Builds[1].Blocks = 99 }},
-		{"mappings[3].start", func(h *Header) { h.Mappings[3].Start = 100 }},
-		{"mappings[2].build", func(h *Header) { h.Mappings[2].Build = 2 }},
-		{"mappings[3].offset", func(h *Header) { h.Mappings[3].Offset = ^uint64(0) }},
+		{"mappings[0].length", func(h *Header) { edit(h, 0, func(m *Mapping) { m.Length = 0 }) }},
+		{"mappings[1].start", func(h *Header) { edit(h, 1, func(m *Mapping) { m.Start = 12 }) }},
+		{"mappings[3].length", func(h *Header) { edit(h, 3, func(m *Mapping) { m.Length = 61 }); h.Builds[1].Blocks = 99 }},
+		{"mappings[3].start", func(h *Header) { edit(h, 3, func(m *Mapping) { m.Start = 100 }) }},
+		{"mappings[2].build", func(h *Header) { edit(h, 2, func(m *Mapping) { m.Build = 2 }) }},
+		{"mappings[3].offset", func(h *Header) { edit(h, 3, func(m *Mapping) { m.Offset = ^uint64(0) }) }},
 	} {
 		h := example()
 		c.change(h)
@@ -253,7 +266,7 @@ func TestMergeNeverJoinsAcrossStorage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []Mapping{{Start: 0, Length: 2, Offset: 4}, {Start: 2, Length: 4, Offset: 0}}
+	want := NewMappings([]Mapping{{Start: 0, Length: 2, Offset: 4}, {Start: 2, Length: 4, Offset: 0}}...)
 	if d := cmp.Diff(want, h.Mappings); d != "" {
 		t.Fatal(d)
 	}
@@ -268,7 +281,7 @@ type cell struct {
 // cells spells a header out, block by block.
 func cells(h *Header) []cell {
 	out := make([]cell, h.Blocks())
-	for _, m := range h.Mappings {
+	for _, m := range h.Mappings.All() {
 		for i := range m.Length {
 			out[m.Start+i] = cell{h.Builds[m.Build].ID, m.Offset + i}
 		}
@@ -348,11 +361,12 @@ func checkRuns(t *rapid.T, h *Header, want []cell) {
 			t.Fatalf("block %d: %+v, want %+v", b, m, want[b])
 		}
 	}
-	for i := 1; i < len(h.Mappings); i++ {
-		a, b := h.Mappings[i-1], h.Mappings[i]
-		if a.End() == b.Start && a.Build == b.Build && a.Offset+a.Length == b.Offset {
+	var a Mapping
+	for i, b := range h.Mappings.All() {
+		if i > 0 && a.End() == b.Start && a.Build == b.Build && a.Offset+a.Length == b.Offset {
 			t.Fatalf("mappings %d and %d are one", i-1, i)
 		}
+		a = b
 	}
 }
 
@@ -394,5 +408,84 @@ func FuzzDecode(f *testing.F) {
 				t.Fatalf("decoded, but encoded again (%v) it is not the same", err)
 			}
 		}
+	})
+}
+
+// A merge allocates for the diff and an index, not for what it keeps.
+func TestMergeSharesWhatItKeeps(t *testing.T) {
+	h := large(100_000)
+	diff := []Extent{{Start: h.Blocks() / 2, Length: 1, Kind: Data}}
+	before := new(runtime.MemStats)
+	after := new(runtime.MemStats)
+	runtime.ReadMemStats(before)
+	got, err := Merge(h, ref(99, 1), diff)
+	runtime.ReadMemStats(after)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const whole = 100_000 * 32
+	if n := after.TotalAlloc - before.TotalAlloc; n > whole/8 {
+		t.Fatalf("%d bytes allocated for one block in an image of %d bytes of mappings", n, whole)
+	}
+	shared := 0
+	for _, leaf := range got.Mappings.leaves {
+		for _, old := range h.Mappings.leaves {
+			if &leaf[0] == &old[0] {
+				shared++
+				break
+			}
+		}
+		if shared > 100 {
+			return
+		}
+	}
+	t.Fatalf("only %d leaves are shared", shared)
+}
+
+// Merges of merges, never encoded between, equal the oracle: lists that share
+// leaves, with cut and joined pieces, in images long enough to have many.
+func TestMergesOfMergesEqualOracle(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		const blocks = 3000
+		r := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
+		want := make([]cell, blocks)
+		h := &Header{Size: blocks * BlockSize, Build: testID(250)}
+		for g := range byte(8) {
+			var diff []Extent
+			var stored uint64
+			for at := r.Uint64N(40); at < blocks; at += r.Uint64N(1 + r.Uint64N(200)) {
+				e := Extent{Start: at, Length: min(blocks-at, 1+r.Uint64N(1+r.Uint64N(60))), Kind: Zero}
+				if r.IntN(3) > 0 {
+					e.Kind, e.Offset = Data, stored
+					stored += e.Length + r.Uint64N(2)
+				}
+				for i := range e.Length {
+					want[e.Start+i] = cell{}
+					if e.Kind == Data {
+						want[e.Start+i] = cell{testID(g + 1), e.Offset + i}
+					}
+				}
+				diff = append(diff, e)
+				at = e.End()
+			}
+			var err error
+			if h, err = Merge(h, ref(g+1, stored+1), diff); err != nil {
+				t.Fatal(err)
+			}
+			if err := h.Validate(); err != nil {
+				t.Fatal(err)
+			}
+			n := 0
+			for range h.Mappings.All() {
+				n++
+			}
+			if n != h.Mappings.Len() {
+				t.Fatalf("Len is %d, there are %d", h.Mappings.Len(), n)
+			}
+		}
+		if !slices.Equal(cells(h), want) {
+			t.Fatal("a merge differs from the oracle")
+		}
+		checkRuns(t, h, want)
 	})
 }

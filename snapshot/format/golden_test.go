@@ -19,12 +19,14 @@ func golden() map[string]*Header {
 		long.Builds = append(long.Builds, ref(byte(n+1), 1<<uint(n%37)))
 	}
 	start := uint64(0)
+	var ms []Mapping
 	for i := range 600 {
 		b := uint32(i * 7 % 150)
 		length := min(long.Builds[b].Blocks, uint64(1+i%3*100))
-		long.Mappings = append(long.Mappings, Mapping{Start: start, Length: length, Build: b, Offset: long.Builds[b].Blocks - length})
+		ms = append(ms, Mapping{Start: start, Length: length, Build: b, Offset: long.Builds[b].Blocks - length})
 		start += length + uint64(i%5)*1000
 	}
+	long.Mappings = NewMappings(ms...)
 	return map[string]*Header{
 		"v1-example.hdr": example(),
 		"v1-zeros.hdr":   {Size: 10 * BlockSize, Build: testID(9)},

@@ -91,7 +91,7 @@ type Header struct {
 	Build      ID     // the build that this generation added: the image's own ID
 	Parent     ID     // the image that this one was made from; zero in generation 0
 	Builds     []BuildRef
-	Mappings   []Mapping // ascending; blocks in no mapping are zero
+	Mappings   Mappings // ascending; blocks in no mapping are zero
 }
 
 // A FieldError says which field of a header is wrong, and why.
@@ -149,8 +149,8 @@ func (h *Header) validateFixed() error {
 		return fieldErr("parent", "is missing in generation %d", h.Generation)
 	case len(h.Builds) > MaxBuilds:
 		return fieldErr("builds", "%d are more than the limit %d", len(h.Builds), MaxBuilds)
-	case len(h.Mappings) > MaxMappings:
-		return fieldErr("mappings", "%d are more than the limit %d", len(h.Mappings), MaxMappings)
+	case h.Mappings.Len() > MaxMappings:
+		return fieldErr("mappings", "%d are more than the limit %d", h.Mappings.Len(), MaxMappings)
 	}
 	return nil
 }
@@ -161,10 +161,9 @@ func (h *Header) validateMappings() error {
 	blocks := h.Blocks()
 	used := make([]bool, len(h.Builds))
 	var end uint64
-	for i := range h.Mappings {
-		m := &h.Mappings[i]
+	for i, m := range h.Mappings.All() {
 		if m.Length == 0 || m.Start < end || m.Start >= blocks || m.Length > blocks-m.Start {
-			return h.rangeError(i, end)
+			return h.rangeError(i, m, end)
 		}
 		if uint64(m.Build) >= uint64(len(h.Builds)) {
 			return fieldErr(fmt.Sprintf("mappings[%d].build", i), "%d is not in the table of %d builds", m.Build, len(h.Builds))
@@ -184,8 +183,7 @@ func (h *Header) validateMappings() error {
 }
 
 // rangeError words what validateMappings found, off its fast path.
-func (h *Header) rangeError(i int, end uint64) error {
-	m := h.Mappings[i]
+func (h *Header) rangeError(i int, m Mapping, end uint64) error {
 	switch {
 	case m.Length == 0:
 		return fieldErr(fmt.Sprintf("mappings[%d].length", i), "is zero")
@@ -197,27 +195,6 @@ func (h *Header) rangeError(i int, end uint64) error {
 	return fieldErr(fmt.Sprintf("mappings[%d].length", i), "%d+%d is outside the image of %d blocks", m.Start, m.Length, h.Blocks())
 }
 
-// Search returns the index of the first mapping that ends after block, or
-// len(h.Mappings). It is where a walk over the runs from block begins.
-func (h *Header) Search(block uint64) int {
-	return searchFrom(h.Mappings, 0, block)
-}
-
-func searchFrom(ms []Mapping, from int, block uint64) int {
-	// By hand: sort.Search calls a function per step, and this is the hot path
-	// of every page fault.
-	lo, hi := from, len(ms)
-	for lo < hi {
-		mid := int(uint(lo+hi) >> 1)
-		if m := &ms[mid]; m.Start+m.Length > block {
-			hi = mid
-		} else {
-			lo = mid + 1
-		}
-	}
-	return lo
-}
-
 // Lookup says what a block is. For Data, m is the whole mapping that holds it
 // and run counts the blocks from block to the mapping's end. For Zero, run
 // counts the blocks up to the next mapping or the end of the image. Beyond the
@@ -226,11 +203,12 @@ func (h *Header) Lookup(block uint64) (m Mapping, kind Kind, run uint64) {
 	if block >= h.Blocks() {
 		return Mapping{}, Absent, 0
 	}
-	i := h.Search(block)
-	if i == len(h.Mappings) {
+	c := h.Mappings.Seek(block)
+	m, ok := c.Next()
+	if !ok {
 		return Mapping{}, Zero, h.Blocks() - block
 	}
-	if m = h.Mappings[i]; m.Start > block {
+	if m.Start > block {
 		return Mapping{}, Zero, m.Start - block
 	}
 	return m, Data, m.End() - block

@@ -28,8 +28,10 @@ func New(size int64, build BuildRef, diff []Extent) (*Header, error) {
 // which is not changed. A build of which nothing is visible any more drops out
 // of the table.
 //
-// With k extents and n mappings it costs k binary searches and one copy of the
-// n mappings.
+// With k extents and n mappings it costs about k·log n and allocates for the k
+// extents, and one index entry for some dozen mappings: the mappings themselves
+// are shared with base. Only where a build drops out are all of them written
+// anew, because their numbers change.
 func Merge(base *Header, build BuildRef, diff []Extent) (*Header, error) {
 	return apply(base, Header{
 		Size:       base.Size,
@@ -53,23 +55,18 @@ func apply(base *Header, h Header, build BuildRef, diff []Extent) (*Header, erro
 	}
 	own := uint32(len(base.Builds))
 	h.Builds = append(slices.Clone(base.Builds), build)
-	// An extent adds at most itself and the second half of a mapping it cuts.
-	out := make([]Mapping, 0, len(base.Mappings)+2*len(diff))
-	ms := base.Mappings
-	next := 0 // first mapping of base that is not fully in out
-	var cut uint64
+	g := newMerger(&base.Mappings, len(h.Builds), len(diff))
 	for _, e := range diff {
-		out, next, cut = copyUntil(out, ms, next, cut, e.Start)
+		g.until(e.Start)
+		g.skip(e.End())
 		if e.Kind == Data {
-			out = join(out, Mapping{Start: e.Start, Length: e.Length, Build: own, Offset: e.Offset})
+			g.add(Mapping{Start: e.Start, Length: e.Length, Build: own, Offset: e.Offset})
 		}
-		next = searchFrom(ms, next, e.End())
-		cut = e.End()
 	}
-	out, _, _ = copyUntil(out, ms, next, cut, h.Blocks())
-	h.Mappings = out
+	g.until(h.Blocks())
+	h.Mappings = g.finish()
 	h.dropUnused()
-	if len(h.Builds) > MaxBuilds || len(h.Mappings) > MaxMappings {
+	if len(h.Builds) > MaxBuilds || h.Mappings.Len() > MaxMappings {
 		return nil, h.validateFixed()
 	}
 	return &h, nil
@@ -100,34 +97,163 @@ func checkDiff(blocks uint64, build BuildRef, diff []Extent) error {
 	return nil
 }
 
-// copyUntil appends to out what ms[next:] holds in [from, until) and returns
-// the first mapping that reaches beyond until. The first mapping may begin
-// before from, where an extent covers it.
-func copyUntil(out, ms []Mapping, next int, from, until uint64) ([]Mapping, int, uint64) {
-	if next < len(ms) && ms[next].Start < from {
-		m := tail(ms[next], from)
-		if m.Start >= until {
-			return out, next, from
+// merger makes a list of mappings from another, which it walks along.
+type merger struct {
+	base *Mappings
+	at   Cursor // first mapping of base that is not dealt with
+	// rest is what an extent left of the last mapping that it covered.
+	rest    Mapping
+	hasRest bool
+
+	out  Mappings
+	slab []Mapping // own mappings; those from open on are in no leaf yet
+	open int
+}
+
+func newMerger(base *Mappings, builds, extents int) *merger {
+	g := &merger{base: base, at: Cursor{l: base}}
+	g.out.uses = base.counted(builds)
+	// An extent ends one leaf, begins another, and may cut a third in two.
+	leaves := len(base.leaves) + 2*extents + 1
+	g.out.starts = make([]uint64, 0, leaves)
+	g.out.leaves = make([][]Mapping, 0, leaves)
+	g.slab = make([]Mapping, 0, 4*extents+1)
+	return g
+}
+
+// until takes over what base has before a block, and the part before it of the
+// mapping that the block lies in.
+func (g *merger) until(block uint64) {
+	if g.hasRest {
+		if g.rest.End() > block {
+			if g.rest.Start < block {
+				g.add(Mapping{Start: g.rest.Start, Length: block - g.rest.Start, Build: g.rest.Build, Offset: g.rest.Offset})
+				g.rest = tail(g.rest, block)
+			}
+			return
 		}
-		if m.End() > until {
-			m.Length = until - m.Start
-			return join(out, m), next, until
+		g.add(g.rest)
+		g.hasRest = false
+	}
+	g.share(block)
+	if m, ok := g.at.peek(); ok && m.Start < block {
+		g.take()
+		g.rest, g.hasRest = tail(m, block), true
+		m.Length = block - m.Start
+		g.add(m)
+	}
+}
+
+// take moves past a mapping that is not taken over as it is.
+func (g *merger) take() {
+	m, _ := g.at.Next()
+	g.out.uses[m.Build]--
+}
+
+// skip leaves out what base has before a block.
+func (g *merger) skip(block uint64) {
+	if g.hasRest {
+		if g.rest.End() > block {
+			if g.rest.Start < block {
+				g.rest = tail(g.rest, block)
+			}
+			return
 		}
-		out = join(out, m)
-		next++
+		g.hasRest = false
 	}
-	stop := searchFrom(ms, next, until)
-	if next < stop {
-		// Only the seam can join: base's own neighbours were joined before.
-		out = join(out, ms[next])
-		out = append(out, ms[next+1:stop]...)
+	for {
+		m, ok := g.at.peek()
+		if !ok || m.Start >= block {
+			return
+		}
+		g.take()
+		if m.End() > block {
+			g.rest, g.hasRest = tail(m, block), true
+			return
+		}
 	}
-	if stop < len(ms) && ms[stop].Start < until {
-		m := ms[stop]
-		m.Length = until - m.Start
-		out = join(out, m)
+}
+
+// share takes over the mappings of base that end at or before a block.
+func (g *merger) share(block uint64) {
+	if g.at.leaf >= len(g.base.leaves) {
+		return
 	}
-	return out, stop, until
+	// The last leaf of which some, but perhaps not all, is before the block.
+	last := max(g.at.leaf, g.base.leafOf(block, g.at.leaf))
+	if first := g.at.leaf; first < last {
+		g.piece(g.base.leaves[first][g.at.at:])
+		if whole := first + 1; whole < last {
+			g.close(0)
+			g.out.starts = append(g.out.starts, g.base.starts[whole:last]...)
+			g.out.leaves = append(g.out.leaves, g.base.leaves[whole:last]...)
+		}
+		g.at.leaf, g.at.at = last, 0
+	}
+	leaf := g.base.leaves[last]
+	end := g.at.at + searchIn(leaf[g.at.at:], block)
+	g.piece(leaf[g.at.at:end:end])
+	g.at.at = end
+}
+
+// piece takes over a part of a leaf.
+func (g *merger) piece(ms []Mapping) {
+	if len(ms) < minLeaf {
+		for _, m := range ms {
+			g.push(m)
+		}
+		return
+	}
+	g.close(0)
+	g.out.starts = append(g.out.starts, ms[0].Start)
+	g.out.leaves = append(g.out.leaves, ms)
+}
+
+// add takes a new mapping, or lengthens the last one when it continues that
+// both in the image and in the storage. Touching in the image alone is not
+// enough. Mappings of base that did not join there do not join here, so only
+// the last new one can.
+func (g *merger) add(m Mapping) {
+	if len(g.slab) > g.open {
+		l := &g.slab[len(g.slab)-1]
+		if l.Build == m.Build && l.End() == m.Start && l.Offset+l.Length == m.Offset {
+			l.Length += m.Length
+			return
+		}
+	}
+	g.out.uses[m.Build]++
+	g.push(m)
+}
+
+func (g *merger) push(m Mapping) {
+	if len(g.slab) == cap(g.slab) {
+		// Closed leaves keep the old slab.
+		next := make([]Mapping, 0, max(cap(g.slab), 2*maxLeaf))
+		g.slab, g.open = append(next, g.slab[g.open:]...), 0
+	}
+	g.slab = append(g.slab, m)
+	if len(g.slab)-g.open > maxLeaf {
+		g.close(1) // the last one may still be joined
+	}
+}
+
+// close makes a leaf of the open mappings but the last keep.
+func (g *merger) close(keep int) {
+	end := len(g.slab) - keep
+	if end <= g.open {
+		return
+	}
+	g.out.starts = append(g.out.starts, g.slab[g.open].Start)
+	g.out.leaves = append(g.out.leaves, g.slab[g.open:end:end])
+	g.open = end
+}
+
+func (g *merger) finish() Mappings {
+	g.close(0)
+	for _, u := range g.out.uses {
+		g.out.n += u
+	}
+	return g.out
 }
 
 // tail returns the part of m from block on.
@@ -136,38 +262,33 @@ func tail(m Mapping, block uint64) Mapping {
 	return Mapping{Start: block, Length: m.Length - d, Build: m.Build, Offset: m.Offset + d}
 }
 
-// join appends m, or lengthens the last mapping when m continues it both in
-// the image and in the storage. Touching in the image alone is not enough.
-func join(out []Mapping, m Mapping) []Mapping {
-	if n := len(out); n > 0 {
-		l := &out[n-1]
-		if l.Build == m.Build && l.End() == m.Start && l.Offset+l.Length == m.Offset {
-			l.Length += m.Length
-			return out
-		}
-	}
-	return append(out, m)
-}
-
 // dropUnused removes builds that no mapping uses from the table.
 func (h *Header) dropUnused() {
-	used := make([]bool, len(h.Builds))
-	for i := range h.Mappings {
-		used[h.Mappings[i].Build] = true
-	}
-	if !slices.Contains(used, false) {
+	uses := h.Mappings.uses
+	if !slices.Contains(uses, 0) {
 		return
 	}
 	renumber := make([]uint32, len(h.Builds))
-	kept := h.Builds[:0]
-	for i, u := range used {
-		if u {
-			renumber[i] = uint32(len(kept))
-			kept = append(kept, h.Builds[i])
+	kept, keptUses := h.Builds[:0], uses[:0]
+	first := len(uses) // number of the first build that goes
+	for i, n := range uses {
+		if n == 0 {
+			first = min(first, i)
+			continue
 		}
+		renumber[i] = uint32(len(kept))
+		kept, keptUses = append(kept, h.Builds[i]), append(keptUses, n)
 	}
 	h.Builds = kept
-	for i := range h.Mappings {
-		h.Mappings[i].Build = renumber[h.Mappings[i].Build]
+	h.Mappings.uses = keptUses
+	if first == len(renumber)-1 {
+		return // the last one: no number changes
 	}
+	ms := make([]Mapping, 0, h.Mappings.n)
+	for _, m := range h.Mappings.All() {
+		m.Build = renumber[m.Build]
+		ms = append(ms, m)
+	}
+	h.Mappings = NewMappings(ms...)
+	h.Mappings.uses = keptUses
 }
