@@ -5,7 +5,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 LDFLAGS := -s -w -X main.buildVersion=$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test unit fuzz e2e bench lint generate clean
+.PHONY: help setup tools build demo test unit fuzz e2e bench lint generate clean
 
 help: ## What can I do here?
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,10 @@ demo: setup build ## What does it do? (real VMs, the whole life cycle, a table o
 
 test: setup build lint unit fuzz e2e ## Does all of it work? (unit tests with -race, fuzzing, then real VMs)
 
-unit: ## Do the parts work? (go test -race, no base template needed)
+tools: ## What do tests speak to? (builds the S3 server into the Go cache, a minute once)
+	@$(GO) -C test/tools/s3server tool -n versitygw >/dev/null
+
+unit: tools ## Do the parts work? (go test -race, no base template needed)
 	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v /test/)
 
 fuzz: ## Does garbage harm it? (every fuzz target for FUZZTIME each, default 20000 inputs)

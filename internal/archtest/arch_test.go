@@ -43,6 +43,9 @@ var rules = map[string]rule{
 	"snapshot/nbd":      with([]string{"golang.org/x/sync"}),
 	"snapshot/snaptest": only("snapshot/"),
 
+	"snapshot/storage/s3":          with([]string{"github.com/minio/minio-go"}, "snapshot/storage"),
+	"snapshot/storage/storagetest": only("snapshot/storage"),
+
 	"internal/gen/":          with([]string{"connectrpc.com/connect", "google.golang.org/protobuf"}, "internal/gen/"),
 	"internal/vmm":           with(sys),
 	"internal/vmm/qemu":      with(sys, "internal/vmm"),

@@ -1,9 +1,18 @@
-// Package storage is the seam between the snapshot engine and the file
-// system: the few operations that the engine needs, with their durability
-// spelled out, so that tests can record them, fail them, and lose what was not
-// synced (see snapshot/snaptest).
+// Package storage has the two seams under the snapshot engine.
+//
+// [FS] is the file system: the few operations that the engine needs, with their
+// durability spelled out, so that tests can record them, fail them, and lose
+// what was not synced (see snapshot/snaptest).
+//
+// [Objects] is a store of whole objects under keys, for snapshots that are kept
+// or shared elsewhere (see snapshot/remote): in a directory ([Files]), in an S3
+// bucket (snapshot/storage/s3), in memory for tests (snapshot/storage/storagetest).
+// What makes a far store usable is put around any of them by [NewStack]:
+// [Timeout], [Limit], [Retry] and [Cache].
 //
 // The package is a leaf of the engine; it imports only the standard library.
+//
+// # Files
 //
 // What a power failure may lose, and the engine therefore assumes lost:
 //
