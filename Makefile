@@ -28,6 +28,7 @@ tools: ## What do tests speak to? (builds the S3 server into the Go cache, a min
 
 unit: tools ## Do the parts work? (go test -race, no base template needed)
 	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v /test/)
+	$(GO) test -timeout 15m ./snapshot # what takes too long under -race: every crash, 10,000 sequences
 
 fuzz: ## Does garbage harm it? (every fuzz target for FUZZTIME each, default 20000 inputs)
 	@scripts/fuzz

@@ -2,8 +2,10 @@ package snapshot
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"io"
+	"strconv"
 	"testing"
 
 	"git.omukk.dev/wrenn/sandbox/snapshot/block"
@@ -12,13 +14,12 @@ import (
 	"pgregory.net/rapid"
 )
 
-const modelBlocks = 24
-
 // model is a store with running disks beside an oracle of byte arrays.
 type model struct {
-	t  *rapid.T
-	fs *snaptest.FS
-	s  *Store
+	t      *rapid.T
+	fs     *snaptest.FS
+	s      *Store
+	blocks int // of each disk
 
 	snaps []modelSnap
 	disks []*modelDisk
@@ -26,16 +27,17 @@ type model struct {
 }
 
 type modelSnap struct {
-	id    format.ID
-	image format.ID
-	want  []byte
+	id   format.ID
+	want []byte
 }
 
 type modelDisk struct {
 	name string
 	base *Image // nil: zeros
+	last *Image // the newest snapshot of it while it goes on; nil: none
 	o    *block.Overlay
 	want []byte
+	size int64
 }
 
 func (m *model) ok(err error) {
@@ -47,7 +49,7 @@ func (m *model) ok(err error) {
 
 func (d *modelDisk) source() block.Source {
 	if d.base == nil {
-		return block.Zeros(modelBlocks * blockSize)
+		return block.Zeros(d.size)
 	}
 	return d.base
 }
@@ -58,18 +60,25 @@ func (m *model) start(t *rapid.T) {
 	if len(m.disks) == 4 {
 		return
 	}
-	d := &modelDisk{name: fmt.Sprintf("/disk%d", m.made), want: make([]byte, modelBlocks*blockSize)}
+	d := &modelDisk{name: fmt.Sprintf("/disk%d", m.made), want: make([]byte, m.blocks*blockSize), size: int64(m.blocks) * blockSize}
 	m.made++
 	if i := rapid.IntRange(-1, len(m.snaps)-1).Draw(t, "snapshot"); i >= 0 {
-		var err error
-		d.base, err = m.s.OpenImage(m.snaps[i].image)
-		m.ok(err)
+		d.base = m.openSnap(m.snaps[i].id)
 		copy(d.want, m.snaps[i].want)
 	}
 	var err error
 	d.o, err = block.OpenOverlay(m.fs, d.name, d.source())
 	m.ok(err)
 	m.disks = append(m.disks, d)
+}
+
+// openSnap opens the image that the snapshot's manifest names now.
+func (m *model) openSnap(id format.ID) *Image {
+	man, err := m.s.Manifest(id)
+	m.ok(err)
+	img, err := m.s.OpenImage(man.Disk.ID)
+	m.ok(err)
+	return img
 }
 
 func (m *model) disk(t *rapid.T) *modelDisk {
@@ -80,10 +89,10 @@ func (m *model) disk(t *rapid.T) *modelDisk {
 }
 
 func (m *model) span(t *rapid.T) (off, n int) {
-	const size = modelBlocks * blockSize
+	size := m.blocks * blockSize
 	if rapid.Bool().Draw(t, "aligned") {
-		b := rapid.IntRange(0, modelBlocks-1).Draw(t, "block")
-		return b * blockSize, min(modelBlocks-b, rapid.IntRange(1, 6).Draw(t, "blocks")) * blockSize
+		b := rapid.IntRange(0, m.blocks-1).Draw(t, "block")
+		return b * blockSize, min(m.blocks-b, rapid.IntRange(1, 6).Draw(t, "blocks")) * blockSize
 	}
 	off = rapid.IntRange(0, size-1).Draw(t, "off")
 	return off, min(size-off, rapid.IntRange(1, 3*blockSize).Draw(t, "n"))
@@ -105,10 +114,14 @@ func (m *model) zero(t *rapid.T) {
 	clear(d.want[off : off+n])
 }
 
-// pause writes what the overlay changed as a new generation and goes on with it.
-func (m *model) pause(t *rapid.T) {
-	d := m.disk(t)
-	w, err := m.s.NewImage(d.o.Size(), d.base)
+// capture commits what the overlay changed, as a generation after the newest
+// one of the disk.
+func (m *model) capture(d *modelDisk) {
+	parent := d.base
+	if d.last != nil {
+		parent = d.last
+	}
+	w, err := m.s.NewImage(d.o.Size(), parent)
 	m.ok(err)
 	defer w.Abort()
 	for _, run := range dirtyRuns(d.o) {
@@ -127,26 +140,61 @@ func (m *model) pause(t *rapid.T) {
 	m.ok(err)
 	defer txn.Abort()
 	m.ok(txn.Commit(bg, Manifest{Kind: KindPause, Disk: ImageRef{ID: id}}))
-	m.snaps = append(m.snaps, modelSnap{id: txn.ID(), image: id, want: bytes.Clone(d.want)})
+	m.snaps = append(m.snaps, modelSnap{id: txn.ID(), want: bytes.Clone(d.want)})
+}
+
+// pause captures the disk and goes on with the capture.
+func (m *model) pause(t *rapid.T) {
+	d := m.disk(t)
+	m.capture(d)
 	m.stopDisk(d)
-	d.base, err = m.s.OpenImage(id)
-	m.ok(err)
+	d.base = m.openSnap(m.snaps[len(m.snaps)-1].id)
+	var err error
 	d.o, err = block.OpenOverlay(m.fs, d.name, d.base)
 	m.ok(err)
+}
+
+// snapshot captures the disk, which goes on as it is.
+func (m *model) snapshot(t *rapid.T) {
+	d := m.disk(t)
+	m.capture(d)
+	if d.last != nil {
+		m.ok(d.last.Close())
+	}
+	d.last = m.openSnap(m.snaps[len(m.snaps)-1].id)
+}
+
+// compact compacts a snapshot's image, while disks may run on it.
+func (m *model) compact(t *rapid.T) {
+	if len(m.snaps) == 0 {
+		return
+	}
+	man, err := m.s.Manifest(rapid.SampledFrom(m.snaps).Draw(t, "snapshot").id)
+	m.ok(err)
+	r, err := m.s.Compact(bg, man.Disk.ID)
+	m.ok(err)
+	p, err := m.s.PlanCompaction(r.To)
+	m.ok(err)
+	if p.Needed() || p.Builds > tight.MaxBuilds {
+		m.t.Fatalf("not compact after Compact: %+v", p)
+	}
 }
 
 // stopDisk closes a disk and removes its overlay.
 func (m *model) stopDisk(d *modelDisk) {
 	m.ok(d.o.Close())
 	m.ok(block.RemoveOverlay(m.fs, d.name))
-	if d.base != nil {
-		m.ok(d.base.Close())
+	for _, img := range []*Image{d.base, d.last} {
+		if img != nil {
+			m.ok(img.Close())
+		}
 	}
+	d.base, d.last = nil, nil
 }
 
 func (m *model) remove(t *rapid.T) {
 	if len(m.snaps) == 0 {
-		t.Skip("no snapshot")
+		return
 	}
 	i := rapid.IntRange(0, len(m.snaps)-1).Draw(t, "snapshot")
 	m.ok(m.s.Delete(bg, m.snaps[i].id))
@@ -156,8 +204,10 @@ func (m *model) remove(t *rapid.T) {
 func (m *model) roots() []format.ID {
 	var roots []format.ID
 	for _, d := range m.disks {
-		if d.base != nil {
-			roots = append(roots, d.base.ID())
+		for _, img := range []*Image{d.base, d.last} {
+			if img != nil {
+				roots = append(roots, img.ID())
+			}
 		}
 	}
 	return roots
@@ -185,12 +235,14 @@ func (m *model) powerLoss(*rapid.T) {
 
 func (m *model) reopen() {
 	var err error
-	m.s, err = Open("/store", Options{FS: m.fs})
+	m.s, err = Open("/store", Options{FS: m.fs, Compaction: tight})
 	m.ok(err)
 	for _, d := range m.disks {
-		if d.base != nil {
-			d.base, err = m.s.OpenImage(d.base.ID())
-			m.ok(err)
+		for _, img := range []**Image{&d.base, &d.last} {
+			if *img != nil {
+				*img, err = m.s.OpenImage((*img).ID())
+				m.ok(err)
+			}
 		}
 		d.o, err = block.OpenOverlay(m.fs, d.name, d.source())
 		m.ok(err)
@@ -200,8 +252,7 @@ func (m *model) reopen() {
 // check compares everything with the oracle.
 func (m *model) check(t *rapid.T) {
 	for i, s := range m.snaps {
-		img, err := m.s.OpenImage(s.image)
-		m.ok(err)
+		img := m.openSnap(s.id)
 		m.compare(fmt.Sprintf("snapshot %d", i), img, s.want)
 		m.ok(img.Close())
 	}
@@ -231,24 +282,59 @@ func (m *model) compare(what string, src block.Source, want []byte) {
 	}
 }
 
+func newModel(t *rapid.T, blocks int) *model {
+	m := &model{t: t, fs: snaptest.NewFS(), blocks: blocks}
+	m.reopen()
+	return m
+}
+
+// end removes everything and expects that nothing is left.
+func (m *model) end() {
+	for _, s := range m.snaps {
+		m.ok(m.s.Delete(bg, s.id))
+	}
+	for _, d := range m.disks {
+		m.stopDisk(d)
+	}
+	m.gcAll()
+}
+
+// Few sequences, long ones, everything compared after every step.
 func TestStoreAndOverlaysEqualOracle(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		m := &model{t: t, fs: snaptest.NewFS()}
-		var err error
-		m.s, err = Open("/store", Options{FS: m.fs})
-		m.ok(err)
+		m := newModel(t, 24)
 		t.Repeat(map[string]func(*rapid.T){
 			"start": m.start, "write": m.write, "write2": m.write, "write3": m.write, "zero": m.zero,
-			"pause": m.pause, "delete": m.remove, "gc": m.gc, "restart": m.restart, "power loss": m.powerLoss,
+			"pause": m.pause, "snapshot": m.snapshot, "compact": m.compact,
+			"delete": m.remove, "gc": m.gc, "restart": m.restart, "power loss": m.powerLoss,
 			"": m.check,
 		})
-		for _, s := range m.snaps {
-			m.ok(m.s.Delete(bg, s.id))
+		m.end()
+	})
+}
+
+// Very many sequences, short ones of a small disk, compared at their end: each
+// begins with a disk that has data, so that every step has something to spoil.
+func TestManySequencesEqualOracle(t *testing.T) {
+	checks := flag.Lookup("rapid.checks").Value
+	if checks.String() == "100" { // rapid's own default: nobody asked for another
+		must(t, checks.Set(strconv.Itoa(sequences)))
+		defer func() { must(t, checks.Set("100")) }()
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		m := newModel(t, 6)
+		m.start(t)
+		m.write(t)
+		m.pause(t)
+		steps := []func(*rapid.T){
+			m.write, m.write, m.zero, m.zero, m.pause, m.pause, m.snapshot, m.start,
+			m.compact, m.remove, m.gc, m.restart, m.powerLoss,
 		}
-		for _, d := range m.disks {
-			m.stopDisk(d)
+		for range rapid.IntRange(1, 12).Draw(t, "steps") {
+			rapid.SampledFrom(steps).Draw(t, "step")(t)
 		}
-		m.gcAll()
+		m.check(t)
+		m.end()
 	})
 }
 
