@@ -146,7 +146,8 @@ func (c *Client) call(ctx context.Context, method, url string, in, out any) erro
 	return nil
 }
 
-// send does one JSON exchange, tries a GET again whose connection failed, and
+// send does one JSON exchange, tries a GET, or what carries an idempotency key,
+// again whose connection failed, and
 // turns an answer outside 2xx into an *Error. The caller closes the body.
 func (c *Client) send(ctx context.Context, method, url string, body []byte) (*http.Response, error) {
 	for try := 0; ; try++ {
@@ -161,9 +162,14 @@ func (c *Client) send(ctx context.Context, method, url string, body []byte) (*ht
 		if body != nil {
 			req.Header.Set("Content-Type", "application/json")
 		}
+		again := method == http.MethodGet
+		if key := idempotencyKeyOf(ctx); key != "" && method == http.MethodPost {
+			req.Header.Set("Idempotency-Key", key)
+			again = true
+		}
 		res, err := c.do(req)
 		var apiErr *Error
-		if err == nil || errors.As(err, &apiErr) || method != http.MethodGet ||
+		if err == nil || errors.As(err, &apiErr) || !again ||
 			try >= len(retryDelays) || ctx.Err() != nil {
 			return res, err
 		}

@@ -325,7 +325,7 @@ func flaky(t *testing.T, n int64) (url string, tries *atomic.Int64) {
 	return srv.URL, tries
 }
 
-func TestOnlyGetsAreTriedAgain(t *testing.T) {
+func TestOnlyWhatIsSafeIsTriedAgain(t *testing.T) {
 	url, tries := flaky(t, 2)
 	c, _ := client.New(client.Options{BaseURL: url})
 	if _, err := c.GetSandbox(t.Context(), "a"); err != nil || tries.Load() != 3 {

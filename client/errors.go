@@ -18,6 +18,7 @@ const (
 	CodeConflict        = "conflict"
 	CodeInvalidState    = "invalid_state"
 	CodeTooLarge        = "too_large"
+	CodeRateLimited     = "rate_limited"
 	CodeHostUnavailable = "host_unavailable"
 	CodeInternal        = "internal_error"
 	// CodeStream is not the server's: it marks an error message inside a stream.
@@ -58,12 +59,16 @@ var (
 	ErrConflict        error = &Error{Code: CodeConflict}
 	ErrInvalidState    error = &Error{Code: CodeInvalidState}
 	ErrTooLarge        error = &Error{Code: CodeTooLarge}
+	ErrRateLimited     error = &Error{Code: CodeRateLimited}
 	ErrHostUnavailable error = &Error{Code: CodeHostUnavailable}
 	ErrInternal        error = &Error{Code: CodeInternal}
 )
 
 // IsInvalidRequest tells whether the server or the client found the request malformed.
 func IsInvalidRequest(err error) bool { return errors.Is(err, ErrInvalidRequest) }
+
+// IsRateLimited tells whether the API key asks too fast or has too much under way.
+func IsRateLimited(err error) bool { return errors.Is(err, ErrRateLimited) }
 
 // IsUnauthorized tells whether the API key is missing or unknown.
 func IsUnauthorized(err error) bool { return errors.Is(err, ErrUnauthorized) }

@@ -54,7 +54,7 @@ func (c *Client) CreateSandbox(ctx context.Context, req CreateSandboxRequest) (*
 			return nil, err
 		}
 	}
-	return c.sandboxCall(ctx, http.MethodPost, c.url(nil, "v1", "sandboxes"), req)
+	return c.sandboxCall(once(ctx), http.MethodPost, c.url(nil, "v1", "sandboxes"), req)
 }
 
 // GetSandbox returns a sandbox.
@@ -150,7 +150,7 @@ func (c *Client) ForkSandbox(ctx context.Context, id string, count int) ([]Sandb
 			Message string `json:"message"`
 		} `json:"errors"`
 	}
-	if err := c.call(ctx, http.MethodPost, c.sandboxURL(nil, id, "fork"), in, &out); err != nil {
+	if err := c.call(once(ctx), http.MethodPost, c.sandboxURL(nil, id, "fork"), in, &out); err != nil {
 		return nil, err
 	}
 	var errs []error

@@ -37,7 +37,7 @@ func (c *Client) CreateSnapshot(ctx context.Context, sandboxID, name string) (*S
 		Name      string `json:"name"`
 	}{sandboxID, name}
 	var s Snapshot
-	if err := c.call(ctx, http.MethodPost, c.url(nil, "v1", "snapshots"), in, &s); err != nil {
+	if err := c.call(once(ctx), http.MethodPost, c.url(nil, "v1", "snapshots"), in, &s); err != nil {
 		return nil, err
 	}
 	return &s, nil

@@ -109,7 +109,7 @@ func apiExitCode(code string) int {
 		return exitConflict
 	case client.CodeUnauthorized:
 		return exitUnauthorized
-	case client.CodeHostUnavailable:
+	case client.CodeHostUnavailable, client.CodeRateLimited:
 		return exitUnavailable
 	}
 	return exitError
@@ -156,6 +156,8 @@ func remedy(cmd *cobra.Command, err error) string {
 		return "the key comes from " + keySource() + "; the server's first key is in $WRENN_DIR/api-key on its host"
 	case client.IsHostUnavailable(err):
 		return "try again in a moment; on the server's host, wrenn doctor says what is missing"
+	case client.IsRateLimited(err):
+		return "wait a moment; wrenn up --rate-limit and --max-requests set the limits"
 	case client.IsInvalidState(err):
 		return "see the state with: wrenn sandbox get ID (a paused sandbox: wrenn sandbox resume ID)"
 	case client.IsNotFound(err):

@@ -23,7 +23,8 @@ Exit codes:
   3    the sandbox, snapshot, template or file does not exist
   4    conflict, or the sandbox is in the wrong state
   5    no API key, or one that the server does not know
-  6    no server can be reached, or its host cannot take the work now
+  6    no server can be reached, its host cannot take the work now, or the API
+       key asks too fast
   125  sandbox exec and shell only: wrenn itself failed, for any reason above
        (all other codes of these two are the remote command's own)
   130  interrupted by Ctrl-C`

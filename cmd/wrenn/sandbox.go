@@ -19,7 +19,7 @@ func newSandboxCmd() *cobra.Command {
 	cmd.AddCommand(
 		newSandboxCreateCmd(), newSandboxListCmd(), newSandboxGetCmd(), newSandboxRmCmd(),
 		newSandboxExecCmd(), newSandboxShellCmd(), newSandboxCpCmd(),
-		newSandboxPauseCmd(), newSandboxResumeCmd(), newSandboxForkCmd(), newSandboxTimeoutCmd(),
+		newSandboxPauseCmd(), newSandboxResumeCmd(), newSandboxForkCmd(), newSandboxTimeoutCmd(), newSandboxEventsCmd(),
 	)
 	return cmd
 }

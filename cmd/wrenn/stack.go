@@ -249,7 +249,7 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	if err := waitReady(ctx, service); err != nil {
 		return err
 	}
-	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log, Metrics: metrics})
+	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log, Metrics: metrics, Limits: o.limits})
 	return nil
 }
 

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"git.omukk.dev/wrenn/sandbox/internal/httpapi"
 )
 
 // upOptions are the flags of `wrenn up`.
@@ -23,6 +25,7 @@ type upOptions struct {
 	driver      string
 	onExit      string
 	memoryLimit int
+	limits      httpapi.Limits
 	pool        int
 	addresses   string
 	database    string
@@ -62,6 +65,8 @@ func newUpCmd() *cobra.Command {
 	f.StringVar(&o.driver, "driver", "auto", "what runs the VMs: auto or qemu")
 	f.StringVar(&o.onExit, "on-exit", onExitLeave, "running sandboxes at a planned end: leave, pause or destroy")
 	f.IntVar(&o.memoryLimit, "memory-limit", 0, "MiB of RAM for all running sandboxes together (default: 90 % of this machine's)")
+	f.Float64Var(&o.limits.PerSecond, "rate-limit", httpapi.DefaultLimits.PerSecond, "requests a second for each API key, twice as many at once; -1 is no limit")
+	f.IntVar(&o.limits.Concurrent, "max-requests", httpapi.DefaultLimits.Concurrent, "requests under way for each API key; -1 is no limit")
 	f.IntVar(&o.pool, "network-pool", 4, "network slots to keep prepared")
 	f.StringVar(&o.addresses, "network-prefix", "", "addresses for the sandboxes' links, a /30 each (default 10.213.0.0/16)")
 	f.StringVar(&o.database, "database", "", "SQLite file or postgres:// URL (default: wrenn.db in the state directory)")
@@ -100,6 +105,13 @@ func (o *upOptions) check() error {
 	}
 	if o.vmmUser < 0 || o.vmmUser > 1<<31-2 {
 		return usagef("--vmm-user %d is no user id", o.vmmUser)
+	}
+	if o.limits.PerSecond != -1 && !(o.limits.PerSecond > 0 && o.limits.PerSecond <= 1e6) {
+		return usagef("--rate-limit %g: want requests a second, up to a million, or -1 for no limit", o.limits.PerSecond)
+	}
+	o.limits.Burst = max(1, int(2*o.limits.PerSecond))
+	if o.limits.Concurrent < -1 || o.limits.Concurrent == 0 {
+		return usagef("--max-requests %d: want a number above 0, or -1 for no limit", o.limits.Concurrent)
 	}
 	if o.memoryLimit < 0 {
 		return usagef("--memory-limit %d: want a number of MiB", o.memoryLimit)

@@ -38,6 +38,7 @@ func (s *Service) remove(ctx context.Context, id string, cond func(Sandbox) erro
 		return err
 	}
 	defer s.observe("delete")(&err)
+	defer s.noted(ctx, id, EventDelete, "")(&err)
 	return s.finishDelete(ctx, id)
 }
 

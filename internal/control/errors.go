@@ -16,6 +16,7 @@ const (
 	CodeConflict        Code = "conflict"
 	CodeInvalidState    Code = "invalid_state"
 	CodeTooLarge        Code = "too_large"
+	CodeRateLimited     Code = "rate_limited"
 	CodeHostUnavailable Code = "host_unavailable"
 	CodeInternal        Code = "internal_error"
 )

@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"fmt"
 	"sync"
 )
 
@@ -33,6 +34,7 @@ func (s *Service) Fork(ctx context.Context, id string, count int64) (_ []Child, 
 	if err != nil {
 		return nil, err
 	}
+	defer s.noted(ctx, id, EventFork, fmt.Sprintf("%d children", count))(&err)
 	name := "fork-" + newID()
 	// The name's lock keeps reconciling from listing it meanwhile.
 	releaseName, err := s.names.take(ctx, name)

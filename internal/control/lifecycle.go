@@ -126,7 +126,7 @@ func plan(p CreateParams, t Template) (Sandbox, error) {
 
 // create makes the sandbox of a planned row from the template source, which
 // may differ from the one shown in the row (fork).
-func (s *Service) create(ctx context.Context, sb Sandbox, source string, envs map[string]string) (Sandbox, error) {
+func (s *Service) create(ctx context.Context, sb Sandbox, source string, envs map[string]string) (_ Sandbox, err error) {
 	ctx, cancel := s.detach(ctx)
 	defer cancel()
 	release, err := s.ops.take(ctx, sb.ID)
@@ -146,6 +146,7 @@ func (s *Service) create(ctx context.Context, sb Sandbox, source string, envs ma
 	if err := s.store.CreateSandbox(ctx, sb); err != nil {
 		return Sandbox{}, fmt.Errorf("insert sandbox: %w", err)
 	}
+	defer s.noted(ctx, sb.ID, EventCreate, "from "+source)(&err)
 	hs, err := s.host.CreateSandbox(ctx, HostCreate{
 		ID: sb.ID, Template: source, VCPUs: sb.VCPUs, MemoryMB: sb.MemoryMB,
 		Envs: envs, Annotations: note,
@@ -270,6 +271,7 @@ func (s *Service) change(ctx context.Context, id string, st step) (_ Sandbox, er
 		return Sandbox{}, err
 	}
 	defer s.observe(st.op)(&err)
+	defer s.noted(ctx, id, EventType(st.op), "")(&err)
 	hs, err := st.do(ctx, id)
 	if err != nil {
 		s.undo(ctx, id, st, err)
@@ -323,5 +325,12 @@ func (s *Service) SetTimeout(ctx context.Context, id string, sec int64) (Sandbox
 		r.TimeoutSec = sec
 		return nil
 	})
+	if err == nil {
+		detail := "no limit"
+		if sec > 0 {
+			detail = fmt.Sprintf("%d s", sec)
+		}
+		s.note(ctx, Event{SandboxID: id, Type: EventTimeout, Status: sb.Status, Detail: detail})
+	}
 	return s.seen(sb), err
 }

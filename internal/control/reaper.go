@@ -156,6 +156,7 @@ func (s *Service) expire(ctx context.Context, id string, expires time.Time) {
 		err = still(sb)
 	}
 	if err == nil {
+		s.note(ctx, Event{SandboxID: id, Type: EventExpire, Status: sb.Status})
 		if sb.AutoPause {
 			_, err = s.pause(ctx, id, still)
 		} else {

@@ -72,6 +72,9 @@ func (s *Service) Reconcile(ctx context.Context) (again bool, err error) {
 	if _, err := s.store.PruneStopped(ctx, s.now().Add(-s.opt.KeepStopped)); err != nil {
 		return again, fmt.Errorf("prune stopped sandboxes: %w", err)
 	}
+	if _, err := s.store.PruneAnswers(ctx, s.now().Add(-KeepAnswers)); err != nil {
+		return again, fmt.Errorf("prune kept answers: %w", err)
+	}
 	s.reconciled.Store(true)
 	return again, nil
 }
@@ -184,6 +187,7 @@ func (s *Service) correct(ctx context.Context, r Sandbox, to Status, reason stri
 	next.Version++
 	s.deadlines.set(next)
 	s.log.InfoContext(ctx, "took over the host's view", "sandbox", r.ID, "from", r.Status, "to", to, "reason", reason)
+	s.note(ctx, Event{SandboxID: r.ID, Type: EventFound, Status: to, Detail: "was " + string(r.Status), Error: reason})
 	return nil
 }
 
@@ -260,6 +264,7 @@ func (s *Service) adopt(ctx context.Context, h HostSandbox) (again bool, err err
 	}
 	s.deadlines.set(sb)
 	s.log.InfoContext(ctx, "adopted a sandbox that the host had", "sandbox", h.ID, "status", to)
+	s.note(ctx, Event{SandboxID: h.ID, Type: EventAdopt, Status: to, Error: reason})
 	return false, nil
 }
 

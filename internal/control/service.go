@@ -53,6 +53,7 @@ type Service struct {
 	deleting  *keyLocks // by sandbox ID: one delete at a time
 	active    activity
 	deadlines *deadlines
+	answering answering // requests with idempotency keys under way
 	// snapshots counts operations on snapshots, so that a list of the host's
 	// that was read beside one is not taken for the present.
 	snapshots atomic.Int64
@@ -88,6 +89,7 @@ func New(o Options) *Service {
 		ops: newKeyLocks(), names: newKeyLocks(), deleting: newKeyLocks(),
 		active:    activity{n: map[string]int{}},
 		deadlines: newDeadlines(o.Clock),
+		answering: answering{m: map[[2]string]chan struct{}{}},
 		kick:      make(chan struct{}, 1),
 	}
 }

@@ -35,6 +35,7 @@ func (s *Service) CreateSnapshot(ctx context.Context, sandboxID, name string) (_
 	}
 	defer release()
 	defer s.observe("snapshot")(&err)
+	defer s.noted(ctx, sandboxID, EventSnapshot, name)(&err)
 	t, err := s.host.CreateSnapshot(ctx, sandboxID, name)
 	if err != nil {
 		s.log.WarnContext(ctx, "snapshot failed", "sandbox", sandboxID, "name", name, "err", err)

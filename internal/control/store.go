@@ -33,6 +33,23 @@ type Store interface {
 	// CountSandboxes counts rows by status; statuses without rows are left out.
 	CountSandboxes(ctx context.Context) (map[Status]int, error)
 
+	// AddEvent numbers e and appends it to its sandbox's log, which keeps the
+	// newest MaxEvents. ErrNotFound when the sandbox has no row; the log goes
+	// with the row.
+	AddEvent(ctx context.Context, e Event) error
+	// ListEvents gives those after seq, oldest first, at most limit.
+	ListEvents(ctx context.Context, sandboxID string, after int64, limit int) ([]Event, error)
+
+	// ClaimAnswer keeps a for a request that may be sent again. When there is
+	// one of the same scope and name already, it gives that and ErrExists.
+	ClaimAnswer(ctx context.Context, a Answer) (Answer, error)
+	// FinishAnswer writes what a claimed one was answered with.
+	FinishAnswer(ctx context.Context, a Answer) error
+	// DropAnswer takes a claim back.
+	DropAnswer(ctx context.Context, scope, name string) error
+	// PruneAnswers removes those made before t.
+	PruneAnswers(ctx context.Context, t time.Time) (int64, error)
+
 	// CreateTemplate inserts t. ErrExists when the name is taken.
 	CreateTemplate(ctx context.Context, t Template) error
 	// GetTemplate reads one. ErrNotFound.

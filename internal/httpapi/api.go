@@ -24,19 +24,22 @@ type Options struct {
 	Logger *slog.Logger
 	// Metrics holds the figures of GET /metrics; nil: NewMetrics.
 	Metrics *Metrics
+	// Limits bound what one API key may ask for.
+	Limits Limits
 }
 
 type api struct {
 	svc     *control.Service
 	log     *slog.Logger
 	metrics *Metrics
+	limiter *limiter
 }
 
 // New makes the handler of the whole API. It sets no time limits on
 // connections: an exec or an upload may take as long as its own limits allow.
 // The server around it should set ReadHeaderTimeout.
 func New(o Options) http.Handler {
-	a := &api{svc: o.Service, log: o.Logger, metrics: o.Metrics}
+	a := &api{svc: o.Service, log: o.Logger, metrics: o.Metrics, limiter: newLimiter(o.Limits, time.Now)}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -61,24 +64,25 @@ func New(o Options) http.Handler {
 		_, _ = w.Write(openAPI) // A client that went away needs no answer.
 	})
 	r.Route("/v1", func(r chi.Router) {
-		r.Use(a.authenticate)
+		r.Use(a.authenticate, a.limit)
 		a.routes(r)
 	})
 	return r
 }
 
 func (a *api) routes(r chi.Router) {
-	r.Post("/sandboxes", a.do(a.createSandbox))
+	r.Post("/sandboxes", a.once(a.createSandbox))
 	r.Get("/sandboxes", a.do(a.listSandboxes))
 	r.Get("/sandboxes/{id}", a.do(a.getSandbox))
 	r.Delete("/sandboxes/{id}", a.do(a.deleteSandbox))
-	r.Post("/sandboxes/{id}/pause", a.do(a.pauseSandbox))
-	r.Post("/sandboxes/{id}/resume", a.do(a.resumeSandbox))
-	r.Post("/sandboxes/{id}/timeout", a.do(a.setTimeout))
-	r.Post("/sandboxes/{id}/fork", a.do(a.forkSandbox))
+	r.Post("/sandboxes/{id}/pause", a.once(a.pauseSandbox))
+	r.Post("/sandboxes/{id}/resume", a.once(a.resumeSandbox))
+	r.Post("/sandboxes/{id}/timeout", a.once(a.setTimeout))
+	r.Post("/sandboxes/{id}/fork", a.once(a.forkSandbox))
 	r.Get("/sandboxes/{id}/metrics", a.do(a.sandboxMetrics))
+	r.Get("/sandboxes/{id}/events", a.do(a.listEvents))
 
-	r.Post("/sandboxes/{id}/exec", a.do(a.exec))
+	r.Post("/sandboxes/{id}/exec", a.once(a.exec))
 	r.Get("/sandboxes/{id}/exec/stream", a.do(a.execStream))
 	r.Get("/sandboxes/{id}/pty", a.do(a.pty))
 
@@ -86,9 +90,9 @@ func (a *api) routes(r chi.Router) {
 	r.Put("/sandboxes/{id}/files", a.do(a.writeFile))
 	r.Delete("/sandboxes/{id}/files", a.do(a.removeFile))
 	r.Get("/sandboxes/{id}/files/list", a.do(a.listFiles))
-	r.Post("/sandboxes/{id}/files/mkdir", a.do(a.makeDir))
+	r.Post("/sandboxes/{id}/files/mkdir", a.once(a.makeDir))
 
-	r.Post("/snapshots", a.do(a.createSnapshot))
+	r.Post("/snapshots", a.once(a.createSnapshot))
 	r.Get("/snapshots", a.do(a.listSnapshots))
 	r.Get("/snapshots/{name}", a.do(a.getSnapshot))
 	r.Delete("/snapshots/{name}", a.do(a.deleteSnapshot))

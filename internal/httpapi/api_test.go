@@ -27,11 +27,13 @@ import (
 
 type server struct {
 	*httptest.Server
-	svc   *control.Service
-	host  *controltest.Host
-	store *store.DB
-	key   string
-	doc   routers.Router
+	svc     *control.Service
+	host    *controltest.Host
+	store   *store.DB
+	key     string
+	log     *slog.Logger
+	metrics *httpapi.Metrics
+	doc     routers.Router
 	// answered has every "METHOD path status" of the document that was seen.
 	answered map[string]bool
 }
@@ -55,10 +57,17 @@ func setup(t *testing.T) *server {
 	if _, err := s.svc.Reconcile(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	s.Server = httptest.NewServer(httpapi.New(httpapi.Options{Service: s.svc, Logger: log, Metrics: metrics}))
-	t.Cleanup(s.Close)
+	s.log, s.metrics = log, metrics
+	s.serve(t, httpapi.Limits{})
 	s.doc = document(t)
 	return s
+}
+
+// serve makes the server anew, with limits.
+func (s *server) serve(t *testing.T, l httpapi.Limits) {
+	t.Helper()
+	s.Server = httptest.NewServer(httpapi.New(httpapi.Options{Service: s.svc, Logger: s.log, Metrics: s.metrics, Limits: l}))
+	t.Cleanup(s.Close)
 }
 
 // loadDocument reads and validates openapi.yaml once for all tests, which only
@@ -263,6 +272,7 @@ func TestEveryRoute(t *testing.T) {
 	s.want(t, "DELETE", p+"/files?path=/a/b", nil, 204)
 	s.want(t, "GET", p+"/files?path=/a/b", nil, 404)
 	s.want(t, "GET", p+"/metrics", nil, 200)
+	s.want(t, "GET", p+"/events", nil, 200)
 	s.want(t, "POST", p+"/timeout", m{"timeout_sec": 0}, 200).decode(t, &sb)
 
 	s.want(t, "POST", "/v1/snapshots", m{"sandbox_id": sb.ID, "name": "warm-1"}, 201)

@@ -16,6 +16,7 @@ var statusOf = map[control.Code]int{
 	control.CodeConflict:        http.StatusConflict,
 	control.CodeInvalidState:    http.StatusConflict,
 	control.CodeTooLarge:        http.StatusRequestEntityTooLarge,
+	control.CodeRateLimited:     http.StatusTooManyRequests,
 	control.CodeHostUnavailable: http.StatusServiceUnavailable,
 	control.CodeInternal:        http.StatusInternalServerError,
 }
@@ -59,6 +60,8 @@ func (a *api) fail(w http.ResponseWriter, r *http.Request, err error) {
 	} else if code == control.CodeHostUnavailable {
 		level = slog.LevelWarn
 		w.Header().Set("Retry-After", "1")
+	} else if e, ok := errors.AsType[*limitError](err); ok {
+		w.Header().Set("Retry-After", retryAfter(e.after))
 	}
 	a.log.Log(r.Context(), level, "request failed", "request_id", requestIDOf(r), "method", r.Method,
 		"path", r.URL.Path, "code", code, "err", err)

@@ -18,7 +18,13 @@ import (
 
 const requestIDHeader = "X-Request-Id"
 
-type requestIDKey struct{}
+type apiKeyKey struct{}
+
+// apiKeyOf gives the ID of the API key that a request was let in with.
+func apiKeyOf(r *http.Request) string {
+	id, _ := r.Context().Value(apiKeyKey{}).(string)
+	return id
+}
 
 // requestIDRE is what is taken over from a caller; it goes into logs.
 var requestIDRE = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
@@ -31,14 +37,11 @@ func (a *api) requestID(next http.Handler) http.Handler {
 			id = rand.Text()
 		}
 		w.Header().Set(requestIDHeader, id)
-		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id)))
+		next.ServeHTTP(w, r.WithContext(control.WithRequestID(r.Context(), id)))
 	})
 }
 
-func requestIDOf(r *http.Request) string {
-	id, _ := r.Context().Value(requestIDKey{}).(string)
-	return id
-}
+func requestIDOf(r *http.Request) string { return control.RequestID(r.Context()) }
 
 // record logs and counts each request when it has ended.
 func (a *api) record(next http.Handler) http.Handler {
@@ -93,13 +96,14 @@ func (a *api) authenticate(next http.Handler) http.Handler {
 				key = strings.TrimSpace(token)
 			}
 		}
-		if _, err := a.svc.Authenticate(r.Context(), key); err != nil {
+		row, err := a.svc.Authenticate(r.Context(), key)
+		if err != nil {
 			if control.CodeOf(err) == control.CodeUnauthorized {
 				w.Header().Set("WWW-Authenticate", `Bearer realm="wrenn"`)
 			}
 			a.fail(w, r, err)
 			return
 		}
-		next.ServeHTTP(w, r)
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), apiKeyKey{}, row.ID)))
 	})
 }

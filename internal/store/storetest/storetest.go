@@ -28,6 +28,10 @@ func Run(t *testing.T, open func(*testing.T) control.Store) {
 		"PruneAndCount":         pruneAndCount,
 		"Templates":             templates,
 		"APIKeys":               apiKeys,
+		"Events":                events,
+		"EventsAreBounded":      eventsAreBounded,
+		"EventsAtOnce":          eventsAtOnce,
+		"Answers":               answers,
 		"EndedContext":          endedContext,
 	}
 	for name, part := range parts {
