@@ -16,6 +16,10 @@ import (
 
 func pagerSocket(dir string) string { return filepath.Join(dir, "run", "pager.sock") }
 
+// pagerLowWater is how much of the host's memory the pager keeps available, as
+// far as giving back pages of images can do it.
+const pagerLowWater = 256 << 20
+
 // newPagerCmd is the process that serves guest memory and disks. `wrenn up`
 // starts it; people do not.
 func newPagerCmd() *cobra.Command {
@@ -41,7 +45,10 @@ func newPagerCmd() *cobra.Command {
 				return fmt.Errorf("open the snapshot store: %w", err)
 			}
 			defer store.Close()
-			s, err := pager.New(pager.Options{Dir: filepath.Join(dir, "run", "pager"), Store: store, SocketGID: gid, Version: version(), Logger: log})
+			s, err := pager.New(pager.Options{
+				Dir: filepath.Join(dir, "run", "pager"), Store: store, SocketGID: gid, Version: version(), Logger: log,
+				OrderDir: filepath.Join(dir, "cache", "orders"), LowWater: pagerLowWater,
+			})
 			if err != nil {
 				return err
 			}

@@ -233,6 +233,7 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 		return err
 	}
 	metrics := httpapi.NewMetrics()
+	metrics.Registerer().MustRegister(pagerCollector{s.keeper.Client()})
 	service := control.New(control.Options{
 		Store: db, Host: control.NewHost(client), Logger: s.log, Observe: metrics.ObserveOperation,
 	})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -19,6 +20,8 @@ type memory struct {
 	keep     bool
 	handover *handover // copy mode; nil in shared mode
 	attached *uffd.Attachment
+	window   *time.Timer // ends when its start is over; nil if nobody asks
+	learned  bool        // what its start needed is stored, or will not be
 }
 
 func (m *memory) record() *memoryRecord {
@@ -125,6 +128,7 @@ func (s *Server) AttachMemory(ctx context.Context, req *connect.Request[pagerv1.
 		a.Close()
 		return nil, wireError(err)
 	}
+	s.watch(id, g)
 	r := a.Record()
 	return connect.NewResponse(&pagerv1.AttachMemoryResponse{Address: uint64(r.Addr), Length: r.Length}), nil
 }
@@ -146,6 +150,7 @@ func (s *Server) ReleaseMemory(_ context.Context, req *connect.Request[pagerv1.R
 		g.mu.Lock()
 	}
 	if g.memory != nil {
+		s.learn(id, g.memory)
 		if g.memory.attached != nil {
 			if err := s.faults.Remove(id); err != nil {
 				return nil, wireError(err)
@@ -172,7 +177,7 @@ func (s *Server) DropImage(_ context.Context, req *connect.Request[pagerv1.DropI
 	if err != nil {
 		return nil, err
 	}
-	if err := s.images.forget(id); err != nil {
+	if err := errors.Join(s.images.forget(id), s.orders.remove(id)); err != nil {
 		return nil, wireError(err)
 	}
 	return connect.NewResponse(&pagerv1.DropImageResponse{}), nil

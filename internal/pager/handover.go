@@ -162,6 +162,7 @@ func (s *Server) serveHandover(ctx context.Context, t taking, a *uffd.Attachment
 	}
 	t.h.listener.Close()
 	t.h.listener = nil
+	s.watch(t.id, t.g)
 	return nil
 }
 

@@ -20,6 +20,10 @@ type images struct {
 	byID map[format.ID]*image
 	// warm lists images without a user, the longest unused first.
 	warm []*image
+	uses uint64
+	// readAhead is called for an image that has just become shared and is
+	// cold.
+	readAhead func(*image) *ahead
 }
 
 // image is one memory image and its shared pages.
@@ -29,6 +33,8 @@ type image struct {
 	shared *uffd.Shared // nil as long as only VMs in copy mode use it
 	users  int
 	keep   bool
+	since  uint64 // when it was last taken into use, as a count of uses
+	ahead  *ahead // of the cold start; nil if shared is
 }
 
 // sharedName is the memfd's name, by which a new pager finds it in the VMM.
@@ -64,12 +70,17 @@ func (im *images) acquire(id format.ID, o acquireOptions) (*image, error) {
 			return nil, err
 		}
 		i.shared = shared
+		if o.adopt == nil {
+			i.ahead = im.readAhead(i)
+		}
 	}
 	im.byID[id] = i
 	if i.users == 0 {
 		im.unwarm(i)
 	}
 	i.users++
+	im.uses++
+	i.since = im.uses
 	i.keep = i.keep || o.keep
 	return i, nil
 }
@@ -141,5 +152,31 @@ func (im *images) drop(i *image) error {
 	if i.shared == nil {
 		return i.source.Close()
 	}
+	if i.ahead != nil {
+		i.ahead.stop()
+	}
 	return errors.Join(i.shared.Close(), i.source.Close())
+}
+
+// resident is the RAM of all images.
+func (im *images) resident() (n int64) {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	for _, i := range im.byID {
+		if i.shared != nil {
+			n += i.shared.Resident()
+		}
+	}
+	return n
+}
+
+// stopReading ends all reading ahead.
+func (im *images) stopReading() {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	for _, i := range im.byID {
+		if i.ahead != nil {
+			i.ahead.stop()
+		}
+	}
 }

@@ -27,8 +27,10 @@ import (
 	"path/filepath"
 	"regexp"
 	"sync"
+	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1/pagerv1connect"
@@ -48,8 +50,19 @@ type Options struct {
 	// SocketGID is the group that may open disks' sockets: the VMMs'. 0: only
 	// root.
 	SocketGID int
-	Version   string
-	Logger    *slog.Logger
+	// OrderDir keeps what cold starts needed, to read it ahead of the next
+	// one; it is made if missing. Empty: nothing is read ahead.
+	OrderDir string
+	// OrderWindow is how long after its attachment a VM's needs belong to its
+	// start; 0 means 5 s.
+	OrderWindow time.Duration
+	// LowWater is how much of the host's memory should stay available, bytes:
+	// below it Serve gives pages of images back. 0: never.
+	LowWater int64
+	// MemAvailable tells what is available; nil reads /proc/meminfo.
+	MemAvailable func() (int64, error)
+	Version      string
+	Logger       *slog.Logger
 }
 
 // Server implements pager.v1.
@@ -58,8 +71,10 @@ type Server struct {
 	log    *slog.Logger
 	faults *uffd.Server
 	images *images
+	orders orders
 
 	mu      sync.Mutex
+	totals  *pagerv1.Totals // what is counted; the rest is filled in when asked
 	guests  map[string]*guest
 	fatal   map[string]string
 	closing bool
@@ -80,6 +95,12 @@ func New(opts Options) (*Server, error) {
 	if opts.WarmBytes == 0 {
 		opts.WarmBytes = 1 << 30
 	}
+	if opts.OrderWindow == 0 {
+		opts.OrderWindow = 5 * time.Second
+	}
+	if opts.MemAvailable == nil {
+		opts.MemAvailable = memAvailable
+	}
 	if err := os.MkdirAll(opts.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the pager's directory: %w", err)
 	}
@@ -88,8 +109,10 @@ func New(opts Options) (*Server, error) {
 		log:    opts.Logger,
 		guests: map[string]*guest{},
 		fatal:  map[string]string{},
+		orders: orders{opts.OrderDir},
+		totals: &pagerv1.Totals{Prefetch: &pagerv1.Prefetch{}},
 	}
-	s.images = &images{store: opts.Store, limit: opts.WarmBytes, byID: map[format.ID]*image{}}
+	s.images = &images{store: opts.Store, limit: opts.WarmBytes, byID: map[format.ID]*image{}, readAhead: s.readAhead}
 	faults, err := uffd.NewServer(uffd.Options{Logger: opts.Logger, OnFatal: s.onFatal})
 	if err != nil {
 		return nil, fmt.Errorf("start the page-fault server: %w", err)
@@ -154,9 +177,11 @@ func (s *Server) settle(id string, g *guest) error {
 
 // GetStatus implements pager.v1.
 func (s *Server) GetStatus(context.Context, *connect.Request[pagerv1.GetStatusRequest]) (*connect.Response[pagerv1.GetStatusResponse], error) {
+	resident := s.images.resident()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := &pagerv1.GetStatusResponse{Pid: int32(os.Getpid()), Version: s.opts.Version}
+	out := &pagerv1.GetStatusResponse{Pid: int32(os.Getpid()), Version: s.opts.Version, Totals: proto.CloneOf(s.totals)}
+	out.Totals.SharedResidentBytes = resident
 	for id := range s.guests {
 		out.Sandboxes = append(out.Sandboxes, id)
 	}
@@ -183,6 +208,11 @@ func (s *Server) GetStats(_ context.Context, req *connect.Request[pagerv1.GetSta
 			if m.image.shared != nil {
 				out.SharedResidentBytes = m.image.shared.Resident()
 			}
+			if a := m.image.ahead; a != nil {
+				s.mu.Lock()
+				out.Prefetch = a.result
+				s.mu.Unlock()
+			}
 		}
 		g.mu.Unlock()
 	}
@@ -201,6 +231,13 @@ func (s *Server) Serve(ctx context.Context, socket string) error {
 	srv := &http.Server{Handler: mux}
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
+	if s.opts.LowWater > 0 {
+		watch, cancel := context.WithCancel(ctx)
+		var wg sync.WaitGroup
+		wg.Go(func() { s.watchMemory(watch) })
+		defer wg.Wait()
+		defer cancel()
+	}
 	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve on %s: %w", socket, err)
 	}
@@ -245,6 +282,9 @@ func (s *Server) Close() error {
 		if g.disk != nil {
 			errs = append(errs, g.disk.close())
 		}
+		if m := g.memory; m != nil && m.window != nil {
+			m.window.Stop()
+		}
 		h, waiting := (*handover)(nil), g.handoverOf() != nil
 		if g.memory != nil {
 			h = g.memory.handover
@@ -259,5 +299,6 @@ func (s *Server) Close() error {
 		}
 	}
 	s.faults.Close()
+	s.images.stopReading()
 	return errors.Join(errs...)
 }

@@ -18,6 +18,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"connectrpc.com/connect"
@@ -220,6 +221,7 @@ type rig struct {
 	image   format.ID
 	content []byte
 	srv     *Server
+	free    int64 // memory that the host has, as the pager is told
 }
 
 // newRig makes an image of so many MiB, every fourth of zeros.
@@ -256,7 +258,10 @@ func (r *rig) newImage(mib int, seed uint64) (format.ID, []byte) {
 // start makes a pager; a later one takes up what the one before served.
 func (r *rig) start() {
 	r.t.Helper()
-	srv, err := New(Options{Dir: filepath.Join(r.dir, "run"), Store: r.store, Logger: slog.New(slog.DiscardHandler), Version: "test"})
+	srv, err := New(Options{Dir: filepath.Join(r.dir, "run"), Store: r.store, Logger: slog.New(slog.DiscardHandler), Version: "test",
+		OrderDir: filepath.Join(r.dir, "orders"), OrderWindow: time.Hour, LowWater: 1 << 20,
+		MemAvailable: func() (int64, error) { return r.free, nil },
+	})
 	must(r.t, err)
 	r.srv = srv
 	r.t.Cleanup(func() { must(r.t, srv.Close()) })

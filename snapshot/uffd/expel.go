@@ -55,6 +55,11 @@ func (s *Shared) punch(off, n int64) error {
 // the VMM has seen or written something wrong, and that is ErrPoisoned.
 // Writes over pages of ours cannot be found this way.
 func (s *Shared) expel() error {
+	if s.suspect.Swap(false) {
+		// Met and taken out while filling: a process that is not attached yet
+		// made it, most likely the one at hand.
+		return fmt.Errorf("a page was replaced while it was filled: %w", ErrPoisoned)
+	}
 	if s.Resident()/pageSize <= s.count.Load() {
 		return nil
 	}
@@ -111,6 +116,7 @@ func (s *Shared) sameAs(want []byte, off int64) error {
 func (s *Shared) keepOrPunch(want []byte, off int64) error {
 	err := s.sameAs(want, off)
 	if errors.Is(err, ErrPoisoned) {
+		s.suspect.Store(true)
 		err = errors.Join(err, s.punch(off, pageSize))
 	}
 	return err

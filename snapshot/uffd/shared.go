@@ -41,6 +41,11 @@ type Shared struct {
 	// unmapped counts bytes put in since the mapping was last dropped.
 	unmapped atomic.Int64
 	refs     atomic.Int64 // attachments; -1 when closed
+	// suspect: a wrong page was met since the last attachment, see expel.
+	suspect atomic.Bool
+
+	evictMu sync.Mutex
+	hand    int64 // where Evict goes on, guarded by evictMu
 }
 
 // NewShared makes the shared image of src, empty. name appears in

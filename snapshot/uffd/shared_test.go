@@ -165,6 +165,25 @@ func TestPrefetch(t *testing.T) {
 	}
 }
 
+// TestPrefetchDoesNotHideATouch: a VMM that read a hole has seen zeros, also
+// when the page is right by the time it is attached.
+func TestPrefetchDoesNotHideATouch(t *testing.T) {
+	needRoot(t)
+	shared := newTestShared(t, newTestImage(4))
+	srv := newTestServer(t, Options{})
+	v := startVictim(t, shared, victimOptions{})
+	v.do("peek 4096")
+	if _, err := srv.Prefetch(context.Background(), shared, []uint32{0}); !errors.Is(err, ErrPoisoned) {
+		t.Errorf("prefetch over it: %v", err)
+	}
+	if _, err := Inject(context.Background(), v.pid(), shared, -1); !errors.Is(err, ErrPoisoned) {
+		t.Errorf("attach: %v", err)
+	}
+	next := startVictim(t, shared, victimOptions{})
+	mustAdd(t, srv, "next", mustInject(t, next, shared, -1))
+	next.wantSum(newTestImage(4).content())
+}
+
 func TestAdoptDropsZeros(t *testing.T) {
 	needRoot(t)
 	img := newTestImage(4)

@@ -123,6 +123,7 @@ type GetStatusResponse struct {
 	Version string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// Sandboxes whose memory or disk it serves.
 	Sandboxes     []string `protobuf:"bytes,3,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	Totals        *Totals  `protobuf:"bytes,4,opt,name=totals,proto3" json:"totals,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -178,6 +179,138 @@ func (x *GetStatusResponse) GetSandboxes() []string {
 	return nil
 }
 
+func (x *GetStatusResponse) GetTotals() *Totals {
+	if x != nil {
+		return x.Totals
+	}
+	return nil
+}
+
+// Totals count since the pager started, over all sandboxes.
+type Totals struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Prefetch     *Prefetch              `protobuf:"bytes,1,opt,name=prefetch,proto3" json:"prefetch,omitempty"`
+	EvictedBytes uint64                 `protobuf:"varint,2,opt,name=evicted_bytes,json=evictedBytes,proto3" json:"evicted_bytes,omitempty"`
+	// RAM of all shared images now.
+	SharedResidentBytes int64 `protobuf:"varint,3,opt,name=shared_resident_bytes,json=sharedResidentBytes,proto3" json:"shared_resident_bytes,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *Totals) Reset() {
+	*x = Totals{}
+	mi := &file_pager_v1_pager_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Totals) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Totals) ProtoMessage() {}
+
+func (x *Totals) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Totals.ProtoReflect.Descriptor instead.
+func (*Totals) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Totals) GetPrefetch() *Prefetch {
+	if x != nil {
+		return x.Prefetch
+	}
+	return nil
+}
+
+func (x *Totals) GetEvictedBytes() uint64 {
+	if x != nil {
+		return x.EvictedBytes
+	}
+	return 0
+}
+
+func (x *Totals) GetSharedResidentBytes() int64 {
+	if x != nil {
+		return x.SharedResidentBytes
+	}
+	return 0
+}
+
+// Prefetch tells how good the reading ahead for cold starts was. Of the bytes
+// read ahead, used were needed and the rest wasted; missed were needed and not
+// read ahead. Precision is used/read, recall used/(used+missed).
+type Prefetch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ReadBytes     uint64                 `protobuf:"varint,1,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`
+	UsedBytes     uint64                 `protobuf:"varint,2,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
+	MissedBytes   uint64                 `protobuf:"varint,3,opt,name=missed_bytes,json=missedBytes,proto3" json:"missed_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Prefetch) Reset() {
+	*x = Prefetch{}
+	mi := &file_pager_v1_pager_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Prefetch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Prefetch) ProtoMessage() {}
+
+func (x *Prefetch) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Prefetch.ProtoReflect.Descriptor instead.
+func (*Prefetch) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Prefetch) GetReadBytes() uint64 {
+	if x != nil {
+		return x.ReadBytes
+	}
+	return 0
+}
+
+func (x *Prefetch) GetUsedBytes() uint64 {
+	if x != nil {
+		return x.UsedBytes
+	}
+	return 0
+}
+
+func (x *Prefetch) GetMissedBytes() uint64 {
+	if x != nil {
+		return x.MissedBytes
+	}
+	return 0
+}
+
 type PrepareMemoryRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -196,7 +329,7 @@ type PrepareMemoryRequest struct {
 
 func (x *PrepareMemoryRequest) Reset() {
 	*x = PrepareMemoryRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[2]
+	mi := &file_pager_v1_pager_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -208,7 +341,7 @@ func (x *PrepareMemoryRequest) String() string {
 func (*PrepareMemoryRequest) ProtoMessage() {}
 
 func (x *PrepareMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[2]
+	mi := &file_pager_v1_pager_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -221,7 +354,7 @@ func (x *PrepareMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareMemoryRequest.ProtoReflect.Descriptor instead.
 func (*PrepareMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{2}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *PrepareMemoryRequest) GetSandboxId() string {
@@ -271,7 +404,7 @@ type PrepareMemoryResponse struct {
 
 func (x *PrepareMemoryResponse) Reset() {
 	*x = PrepareMemoryResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[3]
+	mi := &file_pager_v1_pager_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -283,7 +416,7 @@ func (x *PrepareMemoryResponse) String() string {
 func (*PrepareMemoryResponse) ProtoMessage() {}
 
 func (x *PrepareMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[3]
+	mi := &file_pager_v1_pager_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -296,7 +429,7 @@ func (x *PrepareMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareMemoryResponse.ProtoReflect.Descriptor instead.
 func (*PrepareMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{3}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PrepareMemoryResponse) GetPid() int32 {
@@ -330,7 +463,7 @@ type AttachMemoryRequest struct {
 
 func (x *AttachMemoryRequest) Reset() {
 	*x = AttachMemoryRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[4]
+	mi := &file_pager_v1_pager_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -342,7 +475,7 @@ func (x *AttachMemoryRequest) String() string {
 func (*AttachMemoryRequest) ProtoMessage() {}
 
 func (x *AttachMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[4]
+	mi := &file_pager_v1_pager_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -355,7 +488,7 @@ func (x *AttachMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachMemoryRequest.ProtoReflect.Descriptor instead.
 func (*AttachMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{4}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *AttachMemoryRequest) GetSandboxId() string {
@@ -384,7 +517,7 @@ type AttachMemoryResponse struct {
 
 func (x *AttachMemoryResponse) Reset() {
 	*x = AttachMemoryResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[5]
+	mi := &file_pager_v1_pager_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -396,7 +529,7 @@ func (x *AttachMemoryResponse) String() string {
 func (*AttachMemoryResponse) ProtoMessage() {}
 
 func (x *AttachMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[5]
+	mi := &file_pager_v1_pager_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -409,7 +542,7 @@ func (x *AttachMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachMemoryResponse.ProtoReflect.Descriptor instead.
 func (*AttachMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{5}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *AttachMemoryResponse) GetAddress() uint64 {
@@ -435,7 +568,7 @@ type ReleaseMemoryRequest struct {
 
 func (x *ReleaseMemoryRequest) Reset() {
 	*x = ReleaseMemoryRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[6]
+	mi := &file_pager_v1_pager_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -447,7 +580,7 @@ func (x *ReleaseMemoryRequest) String() string {
 func (*ReleaseMemoryRequest) ProtoMessage() {}
 
 func (x *ReleaseMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[6]
+	mi := &file_pager_v1_pager_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -460,7 +593,7 @@ func (x *ReleaseMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseMemoryRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{6}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ReleaseMemoryRequest) GetSandboxId() string {
@@ -478,7 +611,7 @@ type ReleaseMemoryResponse struct {
 
 func (x *ReleaseMemoryResponse) Reset() {
 	*x = ReleaseMemoryResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[7]
+	mi := &file_pager_v1_pager_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -490,7 +623,7 @@ func (x *ReleaseMemoryResponse) String() string {
 func (*ReleaseMemoryResponse) ProtoMessage() {}
 
 func (x *ReleaseMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[7]
+	mi := &file_pager_v1_pager_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -503,7 +636,7 @@ func (x *ReleaseMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseMemoryResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{7}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{9}
 }
 
 type ServeDiskRequest struct {
@@ -519,7 +652,7 @@ type ServeDiskRequest struct {
 
 func (x *ServeDiskRequest) Reset() {
 	*x = ServeDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[8]
+	mi := &file_pager_v1_pager_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -531,7 +664,7 @@ func (x *ServeDiskRequest) String() string {
 func (*ServeDiskRequest) ProtoMessage() {}
 
 func (x *ServeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[8]
+	mi := &file_pager_v1_pager_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -544,7 +677,7 @@ func (x *ServeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ServeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{8}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ServeDiskRequest) GetSandboxId() string {
@@ -584,7 +717,7 @@ type ServeDiskResponse struct {
 
 func (x *ServeDiskResponse) Reset() {
 	*x = ServeDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[9]
+	mi := &file_pager_v1_pager_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -596,7 +729,7 @@ func (x *ServeDiskResponse) String() string {
 func (*ServeDiskResponse) ProtoMessage() {}
 
 func (x *ServeDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[9]
+	mi := &file_pager_v1_pager_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -609,7 +742,7 @@ func (x *ServeDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeDiskResponse.ProtoReflect.Descriptor instead.
 func (*ServeDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{9}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ServeDiskResponse) GetSize() int64 {
@@ -628,7 +761,7 @@ type ReadDiskRequest struct {
 
 func (x *ReadDiskRequest) Reset() {
 	*x = ReadDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	mi := &file_pager_v1_pager_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -640,7 +773,7 @@ func (x *ReadDiskRequest) String() string {
 func (*ReadDiskRequest) ProtoMessage() {}
 
 func (x *ReadDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	mi := &file_pager_v1_pager_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -653,7 +786,7 @@ func (x *ReadDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadDiskRequest.ProtoReflect.Descriptor instead.
 func (*ReadDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{10}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReadDiskRequest) GetSandboxId() string {
@@ -675,7 +808,7 @@ type ReadDiskResponse struct {
 
 func (x *ReadDiskResponse) Reset() {
 	*x = ReadDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	mi := &file_pager_v1_pager_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -687,7 +820,7 @@ func (x *ReadDiskResponse) String() string {
 func (*ReadDiskResponse) ProtoMessage() {}
 
 func (x *ReadDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	mi := &file_pager_v1_pager_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -700,7 +833,7 @@ func (x *ReadDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadDiskResponse.ProtoReflect.Descriptor instead.
 func (*ReadDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{11}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReadDiskResponse) GetOffset() int64 {
@@ -733,7 +866,7 @@ type StopDiskRequest struct {
 
 func (x *StopDiskRequest) Reset() {
 	*x = StopDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[12]
+	mi := &file_pager_v1_pager_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -745,7 +878,7 @@ func (x *StopDiskRequest) String() string {
 func (*StopDiskRequest) ProtoMessage() {}
 
 func (x *StopDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[12]
+	mi := &file_pager_v1_pager_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -758,7 +891,7 @@ func (x *StopDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopDiskRequest.ProtoReflect.Descriptor instead.
 func (*StopDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{12}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StopDiskRequest) GetSandboxId() string {
@@ -776,7 +909,7 @@ type StopDiskResponse struct {
 
 func (x *StopDiskResponse) Reset() {
 	*x = StopDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[13]
+	mi := &file_pager_v1_pager_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -788,7 +921,7 @@ func (x *StopDiskResponse) String() string {
 func (*StopDiskResponse) ProtoMessage() {}
 
 func (x *StopDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[13]
+	mi := &file_pager_v1_pager_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -801,7 +934,7 @@ func (x *StopDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopDiskResponse.ProtoReflect.Descriptor instead.
 func (*StopDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{13}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{15}
 }
 
 type DropImageRequest struct {
@@ -813,7 +946,7 @@ type DropImageRequest struct {
 
 func (x *DropImageRequest) Reset() {
 	*x = DropImageRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[14]
+	mi := &file_pager_v1_pager_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -825,7 +958,7 @@ func (x *DropImageRequest) String() string {
 func (*DropImageRequest) ProtoMessage() {}
 
 func (x *DropImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[14]
+	mi := &file_pager_v1_pager_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -838,7 +971,7 @@ func (x *DropImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropImageRequest.ProtoReflect.Descriptor instead.
 func (*DropImageRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{14}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DropImageRequest) GetImageId() string {
@@ -856,7 +989,7 @@ type DropImageResponse struct {
 
 func (x *DropImageResponse) Reset() {
 	*x = DropImageResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[15]
+	mi := &file_pager_v1_pager_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -868,7 +1001,7 @@ func (x *DropImageResponse) String() string {
 func (*DropImageResponse) ProtoMessage() {}
 
 func (x *DropImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[15]
+	mi := &file_pager_v1_pager_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -881,7 +1014,7 @@ func (x *DropImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropImageResponse.ProtoReflect.Descriptor instead.
 func (*DropImageResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{15}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{17}
 }
 
 type GetStatsRequest struct {
@@ -893,7 +1026,7 @@ type GetStatsRequest struct {
 
 func (x *GetStatsRequest) Reset() {
 	*x = GetStatsRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[16]
+	mi := &file_pager_v1_pager_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -905,7 +1038,7 @@ func (x *GetStatsRequest) String() string {
 func (*GetStatsRequest) ProtoMessage() {}
 
 func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[16]
+	mi := &file_pager_v1_pager_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -918,7 +1051,7 @@ func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
 func (*GetStatsRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{16}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetStatsRequest) GetSandboxId() string {
@@ -940,14 +1073,16 @@ type GetStatsResponse struct {
 	// as all is well.
 	Fatal string `protobuf:"bytes,5,opt,name=fatal,proto3" json:"fatal,omitempty"`
 	// The page faults of a process are being served.
-	Attached      bool `protobuf:"varint,6,opt,name=attached,proto3" json:"attached,omitempty"`
+	Attached bool `protobuf:"varint,6,opt,name=attached,proto3" json:"attached,omitempty"`
+	// Of the image's last cold start, which another sandbox may have made.
+	Prefetch      *Prefetch `protobuf:"bytes,7,opt,name=prefetch,proto3" json:"prefetch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetStatsResponse) Reset() {
 	*x = GetStatsResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[17]
+	mi := &file_pager_v1_pager_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -959,7 +1094,7 @@ func (x *GetStatsResponse) String() string {
 func (*GetStatsResponse) ProtoMessage() {}
 
 func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[17]
+	mi := &file_pager_v1_pager_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -972,7 +1107,7 @@ func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
 func (*GetStatsResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{17}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetStatsResponse) GetFaults() uint64 {
@@ -1017,16 +1152,122 @@ func (x *GetStatsResponse) GetAttached() bool {
 	return false
 }
 
+func (x *GetStatsResponse) GetPrefetch() *Prefetch {
+	if x != nil {
+		return x.Prefetch
+	}
+	return nil
+}
+
+type EvictMemoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bytes         int64                  `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvictMemoryRequest) Reset() {
+	*x = EvictMemoryRequest{}
+	mi := &file_pager_v1_pager_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvictMemoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvictMemoryRequest) ProtoMessage() {}
+
+func (x *EvictMemoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvictMemoryRequest.ProtoReflect.Descriptor instead.
+func (*EvictMemoryRequest) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *EvictMemoryRequest) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+type EvictMemoryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EvictedBytes  int64                  `protobuf:"varint,1,opt,name=evicted_bytes,json=evictedBytes,proto3" json:"evicted_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvictMemoryResponse) Reset() {
+	*x = EvictMemoryResponse{}
+	mi := &file_pager_v1_pager_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvictMemoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvictMemoryResponse) ProtoMessage() {}
+
+func (x *EvictMemoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvictMemoryResponse.ProtoReflect.Descriptor instead.
+func (*EvictMemoryResponse) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *EvictMemoryResponse) GetEvictedBytes() int64 {
+	if x != nil {
+		return x.EvictedBytes
+	}
+	return 0
+}
+
 var File_pager_v1_pager_proto protoreflect.FileDescriptor
 
 const file_pager_v1_pager_proto_rawDesc = "" +
 	"\n" +
 	"\x14pager/v1/pager.proto\x12\bpager.v1\"\x12\n" +
-	"\x10GetStatusRequest\"]\n" +
+	"\x10GetStatusRequest\"\x87\x01\n" +
 	"\x11GetStatusResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1c\n" +
-	"\tsandboxes\x18\x03 \x03(\tR\tsandboxes\"\xb8\x01\n" +
+	"\tsandboxes\x18\x03 \x03(\tR\tsandboxes\x12(\n" +
+	"\x06totals\x18\x04 \x01(\v2\x10.pager.v1.TotalsR\x06totals\"\x91\x01\n" +
+	"\x06Totals\x12.\n" +
+	"\bprefetch\x18\x01 \x01(\v2\x12.pager.v1.PrefetchR\bprefetch\x12#\n" +
+	"\revicted_bytes\x18\x02 \x01(\x04R\fevictedBytes\x122\n" +
+	"\x15shared_resident_bytes\x18\x03 \x01(\x03R\x13sharedResidentBytes\"k\n" +
+	"\bPrefetch\x12\x1d\n" +
+	"\n" +
+	"read_bytes\x18\x01 \x01(\x04R\treadBytes\x12\x1d\n" +
+	"\n" +
+	"used_bytes\x18\x02 \x01(\x04R\tusedBytes\x12!\n" +
+	"\fmissed_bytes\x18\x03 \x01(\x04R\vmissedBytes\"\xb8\x01\n" +
 	"\x14PrepareMemoryRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x19\n" +
@@ -1075,7 +1316,7 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\x11DropImageResponse\"0\n" +
 	"\x0fGetStatsRequest\x12\x1d\n" +
 	"\n" +
-	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\xd4\x01\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x84\x02\n" +
 	"\x10GetStatsResponse\x12\x16\n" +
 	"\x06faults\x18\x01 \x01(\x04R\x06faults\x12!\n" +
 	"\fbytes_filled\x18\x02 \x01(\x04R\vbytesFilled\x12\x1f\n" +
@@ -1083,12 +1324,17 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"zeroFaults\x122\n" +
 	"\x15shared_resident_bytes\x18\x04 \x01(\x03R\x13sharedResidentBytes\x12\x14\n" +
 	"\x05fatal\x18\x05 \x01(\tR\x05fatal\x12\x1a\n" +
-	"\battached\x18\x06 \x01(\bR\battached*W\n" +
+	"\battached\x18\x06 \x01(\bR\battached\x12.\n" +
+	"\bprefetch\x18\a \x01(\v2\x12.pager.v1.PrefetchR\bprefetch\"*\n" +
+	"\x12EvictMemoryRequest\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\":\n" +
+	"\x13EvictMemoryResponse\x12#\n" +
+	"\revicted_bytes\x18\x01 \x01(\x03R\fevictedBytes*W\n" +
 	"\n" +
 	"MemoryMode\x12\x1b\n" +
 	"\x17MEMORY_MODE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12MEMORY_MODE_SHARED\x10\x01\x12\x14\n" +
-	"\x10MEMORY_MODE_COPY\x10\x022\x9e\x05\n" +
+	"\x10MEMORY_MODE_COPY\x10\x022\xea\x05\n" +
 	"\fPagerService\x12D\n" +
 	"\tGetStatus\x12\x1a.pager.v1.GetStatusRequest\x1a\x1b.pager.v1.GetStatusResponse\x12P\n" +
 	"\rPrepareMemory\x12\x1e.pager.v1.PrepareMemoryRequest\x1a\x1f.pager.v1.PrepareMemoryResponse\x12M\n" +
@@ -1097,7 +1343,8 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\tServeDisk\x12\x1a.pager.v1.ServeDiskRequest\x1a\x1b.pager.v1.ServeDiskResponse\x12C\n" +
 	"\bReadDisk\x12\x19.pager.v1.ReadDiskRequest\x1a\x1a.pager.v1.ReadDiskResponse0\x01\x12A\n" +
 	"\bStopDisk\x12\x19.pager.v1.StopDiskRequest\x1a\x1a.pager.v1.StopDiskResponse\x12D\n" +
-	"\tDropImage\x12\x1a.pager.v1.DropImageRequest\x1a\x1b.pager.v1.DropImageResponse\x12A\n" +
+	"\tDropImage\x12\x1a.pager.v1.DropImageRequest\x1a\x1b.pager.v1.DropImageResponse\x12J\n" +
+	"\vEvictMemory\x12\x1c.pager.v1.EvictMemoryRequest\x1a\x1d.pager.v1.EvictMemoryResponse\x12A\n" +
 	"\bGetStats\x12\x19.pager.v1.GetStatsRequest\x1a\x1a.pager.v1.GetStatsResponseB\x96\x01\n" +
 	"\fcom.pager.v1B\n" +
 	"PagerProtoP\x01Z9git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1;pagerv1\xa2\x02\x03PXX\xaa\x02\bPager.V1\xca\x02\bPager\\V1\xe2\x02\x14Pager\\V1\\GPBMetadata\xea\x02\tPager::V1b\x06proto3"
@@ -1115,53 +1362,62 @@ func file_pager_v1_pager_proto_rawDescGZIP() []byte {
 }
 
 var file_pager_v1_pager_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pager_v1_pager_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_pager_v1_pager_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_pager_v1_pager_proto_goTypes = []any{
 	(MemoryMode)(0),               // 0: pager.v1.MemoryMode
 	(*GetStatusRequest)(nil),      // 1: pager.v1.GetStatusRequest
 	(*GetStatusResponse)(nil),     // 2: pager.v1.GetStatusResponse
-	(*PrepareMemoryRequest)(nil),  // 3: pager.v1.PrepareMemoryRequest
-	(*PrepareMemoryResponse)(nil), // 4: pager.v1.PrepareMemoryResponse
-	(*AttachMemoryRequest)(nil),   // 5: pager.v1.AttachMemoryRequest
-	(*AttachMemoryResponse)(nil),  // 6: pager.v1.AttachMemoryResponse
-	(*ReleaseMemoryRequest)(nil),  // 7: pager.v1.ReleaseMemoryRequest
-	(*ReleaseMemoryResponse)(nil), // 8: pager.v1.ReleaseMemoryResponse
-	(*ServeDiskRequest)(nil),      // 9: pager.v1.ServeDiskRequest
-	(*ServeDiskResponse)(nil),     // 10: pager.v1.ServeDiskResponse
-	(*ReadDiskRequest)(nil),       // 11: pager.v1.ReadDiskRequest
-	(*ReadDiskResponse)(nil),      // 12: pager.v1.ReadDiskResponse
-	(*StopDiskRequest)(nil),       // 13: pager.v1.StopDiskRequest
-	(*StopDiskResponse)(nil),      // 14: pager.v1.StopDiskResponse
-	(*DropImageRequest)(nil),      // 15: pager.v1.DropImageRequest
-	(*DropImageResponse)(nil),     // 16: pager.v1.DropImageResponse
-	(*GetStatsRequest)(nil),       // 17: pager.v1.GetStatsRequest
-	(*GetStatsResponse)(nil),      // 18: pager.v1.GetStatsResponse
+	(*Totals)(nil),                // 3: pager.v1.Totals
+	(*Prefetch)(nil),              // 4: pager.v1.Prefetch
+	(*PrepareMemoryRequest)(nil),  // 5: pager.v1.PrepareMemoryRequest
+	(*PrepareMemoryResponse)(nil), // 6: pager.v1.PrepareMemoryResponse
+	(*AttachMemoryRequest)(nil),   // 7: pager.v1.AttachMemoryRequest
+	(*AttachMemoryResponse)(nil),  // 8: pager.v1.AttachMemoryResponse
+	(*ReleaseMemoryRequest)(nil),  // 9: pager.v1.ReleaseMemoryRequest
+	(*ReleaseMemoryResponse)(nil), // 10: pager.v1.ReleaseMemoryResponse
+	(*ServeDiskRequest)(nil),      // 11: pager.v1.ServeDiskRequest
+	(*ServeDiskResponse)(nil),     // 12: pager.v1.ServeDiskResponse
+	(*ReadDiskRequest)(nil),       // 13: pager.v1.ReadDiskRequest
+	(*ReadDiskResponse)(nil),      // 14: pager.v1.ReadDiskResponse
+	(*StopDiskRequest)(nil),       // 15: pager.v1.StopDiskRequest
+	(*StopDiskResponse)(nil),      // 16: pager.v1.StopDiskResponse
+	(*DropImageRequest)(nil),      // 17: pager.v1.DropImageRequest
+	(*DropImageResponse)(nil),     // 18: pager.v1.DropImageResponse
+	(*GetStatsRequest)(nil),       // 19: pager.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),      // 20: pager.v1.GetStatsResponse
+	(*EvictMemoryRequest)(nil),    // 21: pager.v1.EvictMemoryRequest
+	(*EvictMemoryResponse)(nil),   // 22: pager.v1.EvictMemoryResponse
 }
 var file_pager_v1_pager_proto_depIdxs = []int32{
-	0,  // 0: pager.v1.PrepareMemoryRequest.mode:type_name -> pager.v1.MemoryMode
-	1,  // 1: pager.v1.PagerService.GetStatus:input_type -> pager.v1.GetStatusRequest
-	3,  // 2: pager.v1.PagerService.PrepareMemory:input_type -> pager.v1.PrepareMemoryRequest
-	5,  // 3: pager.v1.PagerService.AttachMemory:input_type -> pager.v1.AttachMemoryRequest
-	7,  // 4: pager.v1.PagerService.ReleaseMemory:input_type -> pager.v1.ReleaseMemoryRequest
-	9,  // 5: pager.v1.PagerService.ServeDisk:input_type -> pager.v1.ServeDiskRequest
-	11, // 6: pager.v1.PagerService.ReadDisk:input_type -> pager.v1.ReadDiskRequest
-	13, // 7: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
-	15, // 8: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
-	17, // 9: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
-	2,  // 10: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
-	4,  // 11: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
-	6,  // 12: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
-	8,  // 13: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
-	10, // 14: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
-	12, // 15: pager.v1.PagerService.ReadDisk:output_type -> pager.v1.ReadDiskResponse
-	14, // 16: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
-	16, // 17: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
-	18, // 18: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
-	10, // [10:19] is the sub-list for method output_type
-	1,  // [1:10] is the sub-list for method input_type
-	1,  // [1:1] is the sub-list for extension type_name
-	1,  // [1:1] is the sub-list for extension extendee
-	0,  // [0:1] is the sub-list for field type_name
+	3,  // 0: pager.v1.GetStatusResponse.totals:type_name -> pager.v1.Totals
+	4,  // 1: pager.v1.Totals.prefetch:type_name -> pager.v1.Prefetch
+	0,  // 2: pager.v1.PrepareMemoryRequest.mode:type_name -> pager.v1.MemoryMode
+	4,  // 3: pager.v1.GetStatsResponse.prefetch:type_name -> pager.v1.Prefetch
+	1,  // 4: pager.v1.PagerService.GetStatus:input_type -> pager.v1.GetStatusRequest
+	5,  // 5: pager.v1.PagerService.PrepareMemory:input_type -> pager.v1.PrepareMemoryRequest
+	7,  // 6: pager.v1.PagerService.AttachMemory:input_type -> pager.v1.AttachMemoryRequest
+	9,  // 7: pager.v1.PagerService.ReleaseMemory:input_type -> pager.v1.ReleaseMemoryRequest
+	11, // 8: pager.v1.PagerService.ServeDisk:input_type -> pager.v1.ServeDiskRequest
+	13, // 9: pager.v1.PagerService.ReadDisk:input_type -> pager.v1.ReadDiskRequest
+	15, // 10: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
+	17, // 11: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
+	21, // 12: pager.v1.PagerService.EvictMemory:input_type -> pager.v1.EvictMemoryRequest
+	19, // 13: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
+	2,  // 14: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
+	6,  // 15: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
+	8,  // 16: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
+	10, // 17: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
+	12, // 18: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
+	14, // 19: pager.v1.PagerService.ReadDisk:output_type -> pager.v1.ReadDiskResponse
+	16, // 20: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
+	18, // 21: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
+	22, // 22: pager.v1.PagerService.EvictMemory:output_type -> pager.v1.EvictMemoryResponse
+	20, // 23: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
+	14, // [14:24] is the sub-list for method output_type
+	4,  // [4:14] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_pager_v1_pager_proto_init() }
@@ -1175,7 +1431,7 @@ func file_pager_v1_pager_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pager_v1_pager_proto_rawDesc), len(file_pager_v1_pager_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   18,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -58,6 +58,9 @@ const (
 	PagerServiceStopDiskProcedure = "/pager.v1.PagerService/StopDisk"
 	// PagerServiceDropImageProcedure is the fully-qualified name of the PagerService's DropImage RPC.
 	PagerServiceDropImageProcedure = "/pager.v1.PagerService/DropImage"
+	// PagerServiceEvictMemoryProcedure is the fully-qualified name of the PagerService's EvictMemory
+	// RPC.
+	PagerServiceEvictMemoryProcedure = "/pager.v1.PagerService/EvictMemory"
 	// PagerServiceGetStatsProcedure is the fully-qualified name of the PagerService's GetStats RPC.
 	PagerServiceGetStatsProcedure = "/pager.v1.PagerService/GetStats"
 )
@@ -87,6 +90,10 @@ type PagerServiceClient interface {
 	StopDisk(context.Context, *connect.Request[v1.StopDiskRequest]) (*connect.Response[v1.StopDiskResponse], error)
 	// DropImage forgets an image that was kept warm; in use, it stays.
 	DropImage(context.Context, *connect.Request[v1.DropImageRequest]) (*connect.Response[v1.DropImageResponse], error)
+	// EvictMemory takes pages of images out of RAM: images without a user first,
+	// the longest unused first, then clean pages of those in use. They come back
+	// by fault.
+	EvictMemory(context.Context, *connect.Request[v1.EvictMemoryRequest]) (*connect.Response[v1.EvictMemoryResponse], error)
 	GetStats(context.Context, *connect.Request[v1.GetStatsRequest]) (*connect.Response[v1.GetStatsResponse], error)
 }
 
@@ -149,6 +156,12 @@ func NewPagerServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(pagerServiceMethods.ByName("DropImage")),
 			connect.WithClientOptions(opts...),
 		),
+		evictMemory: connect.NewClient[v1.EvictMemoryRequest, v1.EvictMemoryResponse](
+			httpClient,
+			baseURL+PagerServiceEvictMemoryProcedure,
+			connect.WithSchema(pagerServiceMethods.ByName("EvictMemory")),
+			connect.WithClientOptions(opts...),
+		),
 		getStats: connect.NewClient[v1.GetStatsRequest, v1.GetStatsResponse](
 			httpClient,
 			baseURL+PagerServiceGetStatsProcedure,
@@ -168,6 +181,7 @@ type pagerServiceClient struct {
 	readDisk      *connect.Client[v1.ReadDiskRequest, v1.ReadDiskResponse]
 	stopDisk      *connect.Client[v1.StopDiskRequest, v1.StopDiskResponse]
 	dropImage     *connect.Client[v1.DropImageRequest, v1.DropImageResponse]
+	evictMemory   *connect.Client[v1.EvictMemoryRequest, v1.EvictMemoryResponse]
 	getStats      *connect.Client[v1.GetStatsRequest, v1.GetStatsResponse]
 }
 
@@ -211,6 +225,11 @@ func (c *pagerServiceClient) DropImage(ctx context.Context, req *connect.Request
 	return c.dropImage.CallUnary(ctx, req)
 }
 
+// EvictMemory calls pager.v1.PagerService.EvictMemory.
+func (c *pagerServiceClient) EvictMemory(ctx context.Context, req *connect.Request[v1.EvictMemoryRequest]) (*connect.Response[v1.EvictMemoryResponse], error) {
+	return c.evictMemory.CallUnary(ctx, req)
+}
+
 // GetStats calls pager.v1.PagerService.GetStats.
 func (c *pagerServiceClient) GetStats(ctx context.Context, req *connect.Request[v1.GetStatsRequest]) (*connect.Response[v1.GetStatsResponse], error) {
 	return c.getStats.CallUnary(ctx, req)
@@ -241,6 +260,10 @@ type PagerServiceHandler interface {
 	StopDisk(context.Context, *connect.Request[v1.StopDiskRequest]) (*connect.Response[v1.StopDiskResponse], error)
 	// DropImage forgets an image that was kept warm; in use, it stays.
 	DropImage(context.Context, *connect.Request[v1.DropImageRequest]) (*connect.Response[v1.DropImageResponse], error)
+	// EvictMemory takes pages of images out of RAM: images without a user first,
+	// the longest unused first, then clean pages of those in use. They come back
+	// by fault.
+	EvictMemory(context.Context, *connect.Request[v1.EvictMemoryRequest]) (*connect.Response[v1.EvictMemoryResponse], error)
 	GetStats(context.Context, *connect.Request[v1.GetStatsRequest]) (*connect.Response[v1.GetStatsResponse], error)
 }
 
@@ -299,6 +322,12 @@ func NewPagerServiceHandler(svc PagerServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(pagerServiceMethods.ByName("DropImage")),
 		connect.WithHandlerOptions(opts...),
 	)
+	pagerServiceEvictMemoryHandler := connect.NewUnaryHandler(
+		PagerServiceEvictMemoryProcedure,
+		svc.EvictMemory,
+		connect.WithSchema(pagerServiceMethods.ByName("EvictMemory")),
+		connect.WithHandlerOptions(opts...),
+	)
 	pagerServiceGetStatsHandler := connect.NewUnaryHandler(
 		PagerServiceGetStatsProcedure,
 		svc.GetStats,
@@ -323,6 +352,8 @@ func NewPagerServiceHandler(svc PagerServiceHandler, opts ...connect.HandlerOpti
 			pagerServiceStopDiskHandler.ServeHTTP(w, r)
 		case PagerServiceDropImageProcedure:
 			pagerServiceDropImageHandler.ServeHTTP(w, r)
+		case PagerServiceEvictMemoryProcedure:
+			pagerServiceEvictMemoryHandler.ServeHTTP(w, r)
 		case PagerServiceGetStatsProcedure:
 			pagerServiceGetStatsHandler.ServeHTTP(w, r)
 		default:
@@ -364,6 +395,10 @@ func (UnimplementedPagerServiceHandler) StopDisk(context.Context, *connect.Reque
 
 func (UnimplementedPagerServiceHandler) DropImage(context.Context, *connect.Request[v1.DropImageRequest]) (*connect.Response[v1.DropImageResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("pager.v1.PagerService.DropImage is not implemented"))
+}
+
+func (UnimplementedPagerServiceHandler) EvictMemory(context.Context, *connect.Request[v1.EvictMemoryRequest]) (*connect.Response[v1.EvictMemoryResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("pager.v1.PagerService.EvictMemory is not implemented"))
 }
 
 func (UnimplementedPagerServiceHandler) GetStats(context.Context, *connect.Request[v1.GetStatsRequest]) (*connect.Response[v1.GetStatsResponse], error) {
