@@ -247,7 +247,8 @@ func (s *Server) judge(id string, a *ahead, touched []uint32) ([]uint32, error) 
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	a.result = r
-	t := s.totals.Prefetch
-	t.ReadBytes, t.UsedBytes, t.MissedBytes = t.ReadBytes+r.ReadBytes, t.UsedBytes+r.UsedBytes, t.MissedBytes+r.MissedBytes
+	s.totals.aheadRead += r.ReadBytes
+	s.totals.aheadUsed += r.UsedBytes
+	s.totals.aheadMissed += r.MissedBytes
 	return used, nil
 }

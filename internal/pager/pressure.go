@@ -31,7 +31,7 @@ func (s *Server) EvictMemory(_ context.Context, req *connect.Request[pagerv1.Evi
 func (s *Server) evict(n int64) (int64, error) {
 	gone, err := s.images.evict(n)
 	s.mu.Lock()
-	s.totals.EvictedBytes += uint64(gone)
+	s.totals.evicted += uint64(gone)
 	s.mu.Unlock()
 	if err != nil {
 		return gone, fmt.Errorf("give memory back: %w", err)

@@ -30,7 +30,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"google.golang.org/protobuf/proto"
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1/pagerv1connect"
@@ -74,10 +73,20 @@ type Server struct {
 	orders orders
 
 	mu      sync.Mutex
-	totals  *pagerv1.Totals // what is counted; the rest is filled in when asked
+	totals  totals
 	guests  map[string]*guest
 	fatal   map[string]string
 	closing bool
+}
+
+// totals are bytes counted over all sandboxes.
+type totals struct{ aheadRead, aheadUsed, aheadMissed, evicted uint64 }
+
+func (t totals) message(resident int64) *pagerv1.Totals {
+	return &pagerv1.Totals{
+		Prefetch:     &pagerv1.Prefetch{ReadBytes: t.aheadRead, UsedBytes: t.aheadUsed, MissedBytes: t.aheadMissed},
+		EvictedBytes: t.evicted, SharedResidentBytes: resident,
+	}
 }
 
 // guest is what is served for one sandbox. Its lock orders the calls for that
@@ -110,7 +119,6 @@ func New(opts Options) (*Server, error) {
 		guests: map[string]*guest{},
 		fatal:  map[string]string{},
 		orders: orders{opts.OrderDir},
-		totals: &pagerv1.Totals{Prefetch: &pagerv1.Prefetch{}},
 	}
 	s.images = &images{store: opts.Store, limit: opts.WarmBytes, byID: map[format.ID]*image{}, readAhead: s.readAhead}
 	faults, err := uffd.NewServer(uffd.Options{Logger: opts.Logger, OnFatal: s.onFatal})
@@ -180,8 +188,7 @@ func (s *Server) GetStatus(context.Context, *connect.Request[pagerv1.GetStatusRe
 	resident := s.images.resident()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := &pagerv1.GetStatusResponse{Pid: int32(os.Getpid()), Version: s.opts.Version, Totals: proto.CloneOf(s.totals)}
-	out.Totals.SharedResidentBytes = resident
+	out := &pagerv1.GetStatusResponse{Pid: int32(os.Getpid()), Version: s.opts.Version, Totals: s.totals.message(resident)}
 	for id := range s.guests {
 		out.Sandboxes = append(out.Sandboxes, id)
 	}
