@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	connectrpc "connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/agent"
@@ -209,14 +210,20 @@ func (s *stack) serveAgent(dir string) (hostagentv1connect.HostAgentServiceClien
 	// Streams in both directions need HTTP/2.
 	var h2 http.Protocols
 	h2.SetUnencryptedHTTP2(true)
-	srv := &http.Server{Handler: mux, Protocols: &h2}
+	// Every connection into a sandbox is a stream here. One whose guest does
+	// not read holds up what it has sent, and nobody else.
+	srv := &http.Server{Handler: mux, Protocols: &h2, HTTP2: &http.HTTP2Config{
+		MaxConcurrentStreams: 1000, MaxReceiveBufferPerConnection: 1 << 30, MaxReceiveBufferPerStream: 1 << 20,
+	}}
 	go srv.Serve(l)
 	s.push(srv.Close)
 	transport := &http.Transport{Protocols: &h2, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", path)
 	}}
-	return hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: transport}, "http://agent"), nil
+	// Both ends are this machine: compressing what passes would only cost time.
+	return hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: transport}, "http://agent",
+		connectrpc.WithAcceptCompression("gzip", nil, nil)), nil
 }
 
 // openControl opens the database and starts the control plane.
@@ -250,7 +257,7 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	if err := waitReady(ctx, service); err != nil {
 		return err
 	}
-	s.handler = httpapi.New(httpapi.Options{Service: service, Logger: s.log, Metrics: metrics, Limits: o.limits})
+	s.openTraffic(o, service, httpapi.New(httpapi.Options{Service: service, Logger: s.log, Metrics: metrics, Limits: o.limits}))
 	return nil
 }
 

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -33,6 +32,9 @@ type upOptions struct {
 	logJSON     bool
 	verbose     bool
 	vmmUser     int
+	traffic     trafficOptions
+	// published is below what sandboxes' ports have their hosts.
+	published string
 }
 
 // What becomes of running sandboxes when the server ends by SIGTERM or Ctrl-C.
@@ -72,6 +74,7 @@ func newUpCmd() *cobra.Command {
 	f.StringVar(&o.database, "database", "", "SQLite file or postgres:// URL (default: wrenn.db in the state directory)")
 	f.StringVar(&o.dns, "dns", "1.1.1.1,8.8.8.8", "name servers that sandboxes ask")
 	f.IntVar(&o.vmmUser, "vmm-user", 60777, "user and group id that VMs' processes run as; 0 is root")
+	o.traffic.flags(f)
 	f.BoolVar(&o.logJSON, "log-json", false, "write the log as JSON")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "log more")
 	return cmd
@@ -99,6 +102,9 @@ func (o *upOptions) check() error {
 	case onExitLeave, onExitPause, onExitDestroy:
 	default:
 		return usagef("--on-exit %q is not known; use leave, pause or destroy", o.onExit)
+	}
+	if err := o.traffic.check(); err != nil {
+		return err
 	}
 	if o.pool < 0 || o.pool > 256 {
 		return usagef("--network-pool %d: want 0 to 256", o.pool)
@@ -151,15 +157,27 @@ func up(ctx context.Context, o upOptions, cmd *cobra.Command) (err error) {
 		return fmt.Errorf("listen on %s: %w; is another server running? --listen chooses another address", o.listen, err)
 	}
 	defer listener.Close()
+	secure, err := listenTLS(o)
+	if err != nil {
+		return err
+	}
+	listeners := []net.Listener{listener}
+	if secure != nil {
+		defer secure.Close()
+		listeners = append(listeners, secure)
+	}
+	o.published = o.traffic.published(listener, secure)
 	s, err := newStack(ctx, o, log, cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.close(o.onExit)) }()
-	srv := &http.Server{Handler: s.handler, ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
-	serveErr := make(chan error, 1)
-	go func() { serveErr <- srv.Serve(listener) }()
+	srv := newServer(s.handler, log)
+	serveErr := serveAll(srv, listeners...)
 	fmt.Fprintf(cmd.OutOrStdout(), "wrenn %s serves on http://%s (key in %s)\n", version(), listener.Addr(), filepath.Join(o.dir, "api-key"))
+	if secure != nil {
+		fmt.Fprintf(cmd.OutOrStdout(), "and over TLS as *.%s\n", o.published)
+	}
 	select {
 	case err := <-serveErr:
 		return fmt.Errorf("serve the API: %w", err)
@@ -171,6 +189,5 @@ func up(ctx context.Context, o upOptions, cmd *cobra.Command) (err error) {
 	if err := srv.Shutdown(grace); err != nil {
 		srv.Close() // streams that last longer than the grace are cut
 	}
-	<-serveErr
 	return nil
 }

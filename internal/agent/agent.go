@@ -83,7 +83,7 @@ func (a *Agent) CreateSandbox(ctx context.Context, req *connect.Request[agentv1.
 	m := req.Msg
 	info, st, err := a.engine.Create(ctx, engine.CreateSpec{
 		ID: m.Id, Template: m.Template, VCPUs: int(m.Vcpus), MemoryMB: int(m.MemoryMb),
-		Envs: m.Envs, Annotations: m.Annotations,
+		Envs: m.Envs, Annotations: m.Annotations, Egress: egressOf(m.Egress),
 	})
 	if err != nil {
 		return nil, a.wire(err)
@@ -110,7 +110,7 @@ func (a *Agent) PauseSandbox(ctx context.Context, req *connect.Request[agentv1.P
 
 // ResumeSandbox implements hostagent.v1.
 func (a *Agent) ResumeSandbox(ctx context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
-	info, st, err := a.engine.Resume(ctx, req.Msg.Id)
+	info, st, err := a.engine.Resume(ctx, req.Msg.Id, req.Msg.Reboot)
 	if err != nil {
 		return nil, a.wire(err)
 	}

@@ -108,3 +108,18 @@ func sendToCaller(stream *connect.BidiStream[agentv1.TunnelRequest, agentv1.Tunn
 		}
 	}
 }
+
+func egressOf(e *agentv1.Egress) *engine.Egress {
+	if e == nil {
+		return nil
+	}
+	return &engine.Egress{DenyInternet: e.DenyInternet, Allow: e.Allow, Deny: e.Deny}
+}
+
+// SetSandboxEgress implements hostagent.v1.
+func (a *Agent) SetSandboxEgress(ctx context.Context, req *connect.Request[agentv1.SetSandboxEgressRequest]) (*connect.Response[agentv1.SetSandboxEgressResponse], error) {
+	if err := a.engine.SetEgress(ctx, req.Msg.SandboxId, egressOf(req.Msg.Egress)); err != nil {
+		return nil, a.wire(err)
+	}
+	return connect.NewResponse(&agentv1.SetSandboxEgressResponse{}), nil
+}

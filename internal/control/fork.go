@@ -9,6 +9,9 @@ import (
 // forksAtOnce bounds how many children start at the same time.
 const forksAtOnce = 4
 
+// forkPrefix begins the names of snapshots that live as long as a fork takes.
+const forkPrefix = "fork-"
+
 // Child is one result of Fork: a sandbox, or why there is none.
 type Child struct {
 	Sandbox Sandbox
@@ -35,7 +38,7 @@ func (s *Service) Fork(ctx context.Context, id string, count int64) (_ []Child, 
 		return nil, err
 	}
 	defer s.noted(ctx, id, EventFork, fmt.Sprintf("%d children", count))(&err)
-	name := "fork-" + newID()
+	name := forkPrefix + newID()
 	// The name's lock keeps reconciling from listing it meanwhile.
 	releaseName, err := s.names.take(ctx, name)
 	if err != nil {
@@ -76,7 +79,8 @@ func (s *Service) spawn(ctx context.Context, src Sandbox, name string, count int
 			sb := Sandbox{
 				ID: newID(), Template: src.Template, Status: StatusPending,
 				VCPUs: src.VCPUs, MemoryMB: src.MemoryMB, Metadata: src.Metadata,
-				TimeoutSec: src.TimeoutSec, AutoPause: src.AutoPause, Version: 1,
+				TimeoutSec: src.TimeoutSec, AutoPause: src.AutoPause,
+				Options: forkedOptions(src.Options), Version: 1,
 			}
 			children[i].Sandbox, children[i].Err = s.create(ctx, sb, name, nil)
 		})

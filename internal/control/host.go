@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"io"
+	"net"
 	"time"
 )
 
@@ -18,8 +19,12 @@ type Host interface {
 	// PauseSandbox answers when the state is durable. A failed one leaves the
 	// sandbox running.
 	PauseSandbox(ctx context.Context, id string) (HostSandbox, error)
-	// ResumeSandbox: a failed one leaves the sandbox paused.
-	ResumeSandbox(ctx context.Context, id string) (HostSandbox, error)
+	// ResumeSandbox: a failed one leaves the sandbox paused. With reboot it
+	// starts from the paused disk alone; the memory is not used.
+	ResumeSandbox(ctx context.Context, id string, reboot bool) (HostSandbox, error)
+	// SetEgress replaces what the guest may reach, now and in later runs; nil
+	// is the default.
+	SetEgress(ctx context.Context, id string, e *Egress) error
 	// ListSandboxes gives all, running or paused.
 	ListSandboxes(ctx context.Context) ([]HostSandbox, error)
 	// WatchSandboxes calls changed for every report until ctx ends or the
@@ -45,6 +50,13 @@ type Host interface {
 	RemoveFile(ctx context.Context, id string, f FileRef) error
 
 	Metrics(ctx context.Context, id string) (Metrics, error)
+
+	// AccessToken is what the sandbox's guest agent asks of its callers; it
+	// never changes.
+	AccessToken(ctx context.Context, id string) (string, error)
+	// Dial connects to a TCP port of a running sandbox; ctx bounds the wait
+	// only. A closed port is an error that wraps ErrPortClosed.
+	Dial(ctx context.Context, id string, port int) (net.Conn, error)
 }
 
 // HostInfo is what a host is and can do.
@@ -94,6 +106,8 @@ type HostCreate struct {
 	VCPUs, MemoryMB int
 	Envs            map[string]string
 	Annotations     []byte
+	// Egress nil is the default.
+	Egress *Egress
 }
 
 // PtySize is the size of a terminal in characters.

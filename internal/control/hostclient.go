@@ -88,7 +88,7 @@ func fromSnapshot(p *hostagentv1.Snapshot) Template {
 		Name: p.GetName(), Type: p.GetType(),
 		VCPUs: int(p.GetVcpus()), MemoryMB: int(p.GetMemoryMb()),
 		SizeBytes: int64(p.GetSizeBytes()), Generation: int64(p.GetGeneration()),
-		Parent: p.GetParent(), CreatedAt: fromTime(p.GetCreatedAt()),
+		Parent: p.GetParent(), CreatedAt: fromTime(p.GetCreatedAt()), SourceID: p.GetSourceSandboxId(),
 	}
 }
 
@@ -108,7 +108,7 @@ func (h *hostClient) Info(ctx context.Context) (HostInfo, error) {
 func (h *hostClient) CreateSandbox(ctx context.Context, r HostCreate) (HostSandbox, error) {
 	res, err := h.c.CreateSandbox(ctx, connect.NewRequest(&hostagentv1.CreateSandboxRequest{
 		Id: r.ID, Template: r.Template, Vcpus: uint32(r.VCPUs), MemoryMb: uint32(r.MemoryMB),
-		Envs: r.Envs, Annotations: r.Annotations,
+		Envs: r.Envs, Annotations: r.Annotations, Egress: egressOf(r.Egress),
 	}))
 	if err != nil {
 		return HostSandbox{}, hostError(err)
@@ -141,8 +141,8 @@ func (h *hostClient) PauseSandbox(ctx context.Context, id string) (HostSandbox, 
 	return expect(res.Msg.GetSandbox(), HostPaused)
 }
 
-func (h *hostClient) ResumeSandbox(ctx context.Context, id string) (HostSandbox, error) {
-	res, err := h.c.ResumeSandbox(ctx, connect.NewRequest(&hostagentv1.ResumeSandboxRequest{Id: id}))
+func (h *hostClient) ResumeSandbox(ctx context.Context, id string, reboot bool) (HostSandbox, error) {
+	res, err := h.c.ResumeSandbox(ctx, connect.NewRequest(&hostagentv1.ResumeSandboxRequest{Id: id, Reboot: reboot}))
 	if err != nil {
 		return HostSandbox{}, hostError(err)
 	}

@@ -17,6 +17,7 @@ type annotations struct {
 	TimeoutSec int64             `json:"timeout_sec,omitempty"`
 	AutoPause  bool              `json:"auto_pause,omitempty"`
 	CreatedAt  time.Time         `json:"created_at"`
+	Options    SandboxOptions    `json:"options,omitzero"`
 }
 
 // Create makes a sandbox and answers when it takes commands. One that cannot be
@@ -101,10 +102,13 @@ func (s *Service) resolve(ctx context.Context, name string) (string, error) {
 // plan decides the row of a new sandbox.
 func plan(p CreateParams, t Template) (Sandbox, error) {
 	sb := Sandbox{
-		ID: newID(), Template: t.Name, Status: StatusPending,
+		ID: p.ID, Template: t.Name, Status: StatusPending,
 		VCPUs: t.VCPUs, MemoryMB: t.MemoryMB,
 		Metadata: p.Metadata, TimeoutSec: p.TimeoutSec, AutoPause: p.AutoPause,
-		Version: 1,
+		Options: p.Options, Version: 1,
+	}
+	if sb.ID == "" {
+		sb.ID = newID()
 	}
 	if t.Type != TemplateSnapshot {
 		if p.VCPUs != nil {
@@ -138,7 +142,7 @@ func (s *Service) create(ctx context.Context, sb Sandbox, source string, envs ma
 	sb.ChangedAt = sb.CreatedAt
 	note, err := json.Marshal(annotations{
 		Template: sb.Template, Metadata: sb.Metadata, TimeoutSec: sb.TimeoutSec,
-		AutoPause: sb.AutoPause, CreatedAt: sb.CreatedAt,
+		AutoPause: sb.AutoPause, CreatedAt: sb.CreatedAt, Options: sb.Options,
 	})
 	if err != nil {
 		return Sandbox{}, fmt.Errorf("encode annotations: %w", err)
@@ -149,7 +153,7 @@ func (s *Service) create(ctx context.Context, sb Sandbox, source string, envs ma
 	defer s.noted(ctx, sb.ID, EventCreate, "from "+source)(&err)
 	hs, err := s.host.CreateSandbox(ctx, HostCreate{
 		ID: sb.ID, Template: source, VCPUs: sb.VCPUs, MemoryMB: sb.MemoryMB,
-		Envs: envs, Annotations: note,
+		Envs: envs, Annotations: note, Egress: sb.Options.Egress,
 	})
 	if err != nil {
 		s.unmake(ctx, sb.ID, err)
@@ -210,16 +214,16 @@ func (s *Service) unmake(ctx context.Context, id string, cause error) {
 
 // Pause writes the sandbox's whole state to disk and frees its memory.
 func (s *Service) Pause(ctx context.Context, id string) (Sandbox, error) {
-	return s.pause(ctx, id, nil)
+	return s.pauseAs(ctx, id, false, nil)
 }
 
-// pause is Pause if the row also meets cond.
-func (s *Service) pause(ctx context.Context, id string, cond func(Sandbox) error) (_ Sandbox, err error) {
+// pauseAs is Pause, or PauseDisk, if the row also meets cond.
+func (s *Service) pauseAs(ctx context.Context, id string, diskOnly bool, cond func(Sandbox) error) (Sandbox, error) {
 	return s.change(ctx, id, step{
 		op: "pause", from: StatusRunning, by: StatusPausing, cond: cond,
 		do: s.host.PauseSandbox,
 		done: func(r *Sandbox, _ HostSandbox) {
-			r.Status = StatusPaused
+			r.Status, r.Options.DiskOnly = StatusPaused, diskOnly
 			r.StartedAt, r.ExpiresAt = time.Time{}, time.Time{}
 		},
 	})
@@ -227,10 +231,7 @@ func (s *Service) pause(ctx context.Context, id string, cond func(Sandbox) error
 
 // Resume brings a paused sandbox back; its time limit begins anew.
 func (s *Service) Resume(ctx context.Context, id string) (Sandbox, error) {
-	return s.change(ctx, id, step{
-		op: "resume", from: StatusPaused, by: StatusResuming,
-		do: s.host.ResumeSandbox, done: s.begin,
-	})
+	return s.resume(ctx, id, ConnectParams{})
 }
 
 // step is a change that goes from one resting state by a moving one to another.

@@ -53,6 +53,15 @@ func (l *keyLocks) try(key string) (release func()) {
 	}
 }
 
+// busy tells whether somebody holds the lock.
+func (l *keyLocks) busy(key string) bool {
+	release := l.try(key)
+	if release != nil {
+		release()
+	}
+	return release == nil
+}
+
 // take waits for the lock until ctx ends.
 func (l *keyLocks) take(ctx context.Context, key string) (release func(), err error) {
 	k := l.ref(key)

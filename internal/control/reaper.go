@@ -158,7 +158,7 @@ func (s *Service) expire(ctx context.Context, id string, expires time.Time) {
 	if err == nil {
 		s.note(ctx, Event{SandboxID: id, Type: EventExpire, Status: sb.Status})
 		if sb.AutoPause {
-			_, err = s.pause(ctx, id, still)
+			_, err = s.pauseAs(ctx, id, sb.Options.AutoPauseDiskOnly, still)
 		} else {
 			err = s.remove(ctx, id, still)
 		}

@@ -244,7 +244,7 @@ func (s *Service) adopt(ctx context.Context, h HostSandbox) (again bool, err err
 	sb := Sandbox{
 		ID: h.ID, Template: note.Template, Status: to, Error: reason,
 		VCPUs: h.VCPUs, MemoryMB: h.MemoryMB, Metadata: note.Metadata,
-		TimeoutSec: note.TimeoutSec, AutoPause: note.AutoPause,
+		TimeoutSec: note.TimeoutSec, AutoPause: note.AutoPause, Options: note.Options,
 		CreatedAt: stamp(note.CreatedAt), ChangedAt: s.now(), Version: 1,
 	}
 	if sb.Template == "" {

@@ -54,6 +54,8 @@ type Service struct {
 	active    activity
 	deadlines *deadlines
 	answering answering // requests with idempotency keys under way
+	tokens    tokens
+	traffic   touched
 	// snapshots counts operations on snapshots, so that a list of the host's
 	// that was read beside one is not taken for the present.
 	snapshots atomic.Int64

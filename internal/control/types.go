@@ -30,12 +30,15 @@ type Sandbox struct {
 	ChangedAt time.Time
 	// Error says why Status is error.
 	Error string
+	// Options are what other surfaces than our own may ask for.
+	Options SandboxOptions
 	// Version counts changes of the row; the compare-and-set compares it.
 	Version int64
 }
 
 func (s Sandbox) clone() Sandbox {
 	s.Metadata = maps.Clone(s.Metadata)
+	s.Options = s.Options.clone()
 	return s
 }
 
@@ -58,6 +61,8 @@ type Template struct {
 	// SizeBytes is what this generation added to the store.
 	SizeBytes  int64
 	Generation int64
+	// SourceID is the sandbox that was frozen, where the host was asked.
+	SourceID string
 	// Parent is the template its source was created from.
 	Parent    string
 	CreatedAt time.Time
@@ -77,6 +82,8 @@ type APIKey struct {
 // CreateParams are what a caller chooses about a new sandbox. VCPUs and
 // MemoryMB nil: the template's own values.
 type CreateParams struct {
+	// ID is one of NewID; empty makes one.
+	ID         string
 	Template   string
 	VCPUs      *int64
 	MemoryMB   *int64
@@ -84,6 +91,7 @@ type CreateParams struct {
 	AutoPause  bool
 	Metadata   map[string]string
 	Envs       map[string]string
+	Options    SandboxOptions
 }
 
 // Cursor is a place in the list of sandboxes, newest first: the last one seen.

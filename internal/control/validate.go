@@ -139,6 +139,14 @@ func (p *CreateParams) validate() error {
 	if err := ValidateMetadata(p.Metadata); err != nil {
 		return err
 	}
+	if p.ID != "" {
+		if err := ValidateID("id", p.ID); err != nil {
+			return err
+		}
+	}
+	if err := p.Options.Egress.validate(); err != nil {
+		return err
+	}
 	return validateEnvs(p.Envs)
 }
 

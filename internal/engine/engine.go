@@ -73,6 +73,8 @@ type Slot interface {
 	Index() int
 	OpenTap() (*os.File, error)
 	Dial(ctx context.Context, port int) (net.Conn, error)
+	// SetEgress says what the guest may reach; nil is the default.
+	SetEgress(ctx context.Context, e *Egress) error
 	Release(ctx context.Context) error
 }
 

@@ -29,6 +29,8 @@ type journal struct {
 	// AccessToken opens the guest agent; it stays the same for life.
 	AccessToken string `json:"access_token"`
 	MachineID   string `json:"machine_id"`
+	// Egress is what the guest may reach; absent is the default.
+	Egress *Egress `json:"egress,omitempty"`
 
 	State     State      `json:"state"`
 	Error     string     `json:"error,omitempty"`

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"net"
+	"net/netip"
 	"os"
 
 	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
@@ -36,4 +37,22 @@ func (s hostSlot) OpenTap() (*os.File, error) { return s.slot.OpenTap() }
 func (s hostSlot) Dial(ctx context.Context, port int) (net.Conn, error) {
 	return s.slot.Dial(ctx, port)
 }
+func (s hostSlot) SetEgress(ctx context.Context, e *Egress) error {
+	h := hostnet.DefaultEgress
+	if e != nil {
+		h.AllowInternet = !e.DenyInternet
+		h.Allow, h.Deny = prefixes(e.Allow), prefixes(e.Deny)
+	}
+	return s.slot.SetEgress(ctx, h)
+}
+
+// prefixes reads what Egress.check has passed.
+func prefixes(list []string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range list {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
+}
+
 func (s hostSlot) Release(ctx context.Context) error { return s.slot.Release(ctx) }

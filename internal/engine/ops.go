@@ -26,6 +26,8 @@ type CreateSpec struct {
 	MemoryMB    int
 	Envs        map[string]string
 	Annotations []byte
+	// Egress nil is the default.
+	Egress *Egress
 }
 
 // Create boots a base template or starts a clone of a named snapshot. The
@@ -38,6 +40,9 @@ func (e *Engine) Create(ctx context.Context, spec CreateSpec) (Info, Stats, erro
 	ph := e.newPhases()
 	e.storeUse.RLock()
 	defer e.storeUse.RUnlock()
+	if err := spec.Egress.check(); err != nil {
+		return Info{}, Stats{}, err
+	}
 	src, err := e.sourceOf(&spec)
 	if err != nil {
 		return Info{}, Stats{}, err
@@ -92,7 +97,7 @@ func (e *Engine) addSandbox(spec CreateSpec, src source) (*sandbox, error) {
 	sb.j = journal{
 		Version: journalVersion, ID: spec.ID, Template: spec.Template,
 		VCPUs: spec.VCPUs, MemoryMB: spec.MemoryMB, Envs: spec.Envs, Annotations: spec.Annotations,
-		AccessToken: randomHex(32), MachineID: randomHex(16),
+		AccessToken: randomHex(32), MachineID: randomHex(16), Egress: spec.Egress,
 		State: Starting, CreatedAt: e.opts.Now().UTC(),
 	}
 	if src.manifest != nil {
@@ -245,9 +250,10 @@ func (e *Engine) endRun(ctx context.Context, sb *sandbox) error {
 	return err
 }
 
-// Resume brings a paused sandbox back, every process still alive. A resume
+// Resume brings a paused sandbox back, every process still alive; with reboot
+// it starts from the paused disk instead, and the memory is not used. A resume
 // that fails leaves it paused.
-func (e *Engine) Resume(ctx context.Context, id string) (Info, Stats, error) {
+func (e *Engine) Resume(ctx context.Context, id string, reboot bool) (Info, Stats, error) {
 	ctx = context.WithoutCancel(ctx)
 	sb, err := e.find(id)
 	if err != nil {
@@ -270,10 +276,16 @@ func (e *Engine) Resume(ctx context.Context, id string) (Info, Stats, error) {
 	if err != nil {
 		return Info{}, Stats{}, fmt.Errorf("read the manifest of sandbox %s: %w", id, err)
 	}
+	src := source{manifest: &m}
+	if reboot {
+		if src, err = e.rebootSource(m); err != nil {
+			return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: %w", id, err)
+		}
+	}
 	if err := sb.update(func(j *journal) { j.State = Resuming }); err != nil {
 		return Info{}, Stats{}, err
 	}
-	if err := e.start(ctx, sb, source{manifest: &m}, ph); err != nil {
+	if err := e.start(ctx, sb, src, ph); err != nil {
 		return Info{}, Stats{}, errors.Join(fmt.Errorf("resume sandbox %s: %w", id, err),
 			sb.update(func(j *journal) { j.State = Paused }))
 	}

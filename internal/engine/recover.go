@@ -170,6 +170,11 @@ func (e *Engine) adopt(ctx context.Context, sb *sandbox) (_ *run, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("take over the network slot: %w", err)
 	}
+	if j.Egress != nil {
+		if err := slot.SetEgress(ctx, j.Egress); err != nil {
+			return nil, err
+		}
+	}
 	if err := machine.Continue(ctx); err != nil {
 		return nil, fmt.Errorf("let the VM run: %w", err)
 	}

@@ -69,6 +69,11 @@ func (e *Engine) start(ctx context.Context, sb *sandbox, src source, ph *phases)
 		return fmt.Errorf("get a network slot: %w", err)
 	}
 	c.push(slot.Release)
+	if egress := sb.journal().Egress; egress != nil {
+		if err := slot.SetEgress(ctx, egress); err != nil {
+			return err
+		}
+	}
 
 	rec := runRecord{Slot: slot.Index(), Life: randomHex(16), DiskImage: src.disk()}
 	if src.manifest != nil {

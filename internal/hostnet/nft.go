@@ -1,9 +1,11 @@
 package hostnet
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -115,18 +117,40 @@ func natChain(c *nftables.Conn, t *nftables.Table) *nftables.Chain {
 func addrSet(c *nftables.Conn, t *nftables.Table, id uint32, name string, prefixes []netip.Prefix) (*nftables.Set, error) {
 	s := &nftables.Set{Table: t, ID: id, Name: name, KeyType: nftables.TypeIPAddr, Interval: true}
 	var elems []nftables.SetElement
-	for _, p := range prefixes {
-		elems = append(elems, nftables.SetElement{Key: p.Masked().Addr().AsSlice()})
+	for _, r := range ranges(prefixes) {
+		elems = append(elems, nftables.SetElement{Key: binary.BigEndian.AppendUint32(nil, uint32(r.first))})
 		// The end is the first address behind the range; there is none behind
 		// 255.255.255.255, and an open range reaches to it.
-		first := p.Masked().Addr().As4()
-		end := uint64(binary.BigEndian.Uint32(first[:])) + 1<<(32-p.Bits())
-		if end < 1<<32 {
+		if r.end < 1<<32 {
 			elems = append(elems, nftables.SetElement{IntervalEnd: true,
-				Key: binary.BigEndian.AppendUint32(nil, uint32(end))})
+				Key: binary.BigEndian.AppendUint32(nil, uint32(r.end))})
 		}
 	}
 	return s, c.AddSet(s, elems)
+}
+
+// addrRange is the addresses from first to before end.
+type addrRange struct{ first, end uint64 }
+
+// ranges are what prefixes cover, in order and apart: the kernel takes no
+// intervals that overlap.
+func ranges(prefixes []netip.Prefix) []addrRange {
+	var all []addrRange
+	for _, p := range prefixes {
+		a := p.Masked().Addr().As4()
+		first := uint64(binary.BigEndian.Uint32(a[:]))
+		all = append(all, addrRange{first, first + 1<<(32-p.Bits())})
+	}
+	slices.SortFunc(all, func(a, b addrRange) int { return cmp.Compare(a.first, b.first) })
+	var out []addrRange
+	for _, r := range all {
+		if n := len(out); n > 0 && r.first <= out[n-1].end {
+			out[n-1].end = max(out[n-1].end, r.end)
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
 }
 
 // loadSlotRules loads the rules of the calling thread's namespace. A fresh one
@@ -151,8 +175,16 @@ func loadSlotRules(e Egress, fresh bool) error {
 	if err != nil {
 		return fmt.Errorf("set of private ranges: %w", err)
 	}
+	allow, err := addrSet(c, t, 2, "allow", e.Allow)
+	if err != nil {
+		return fmt.Errorf("set of allowed ranges: %w", err)
+	}
+	deny, err := addrSet(c, t, 3, "deny", e.Deny)
+	if err != nil {
+		return fmt.Errorf("set of denied ranges: %w", err)
+	}
 	egress := c.AddChain(&nftables.Chain{Name: egressName, Table: t})
-	addRules(c, egress, egressRules(e, private)...)
+	addRules(c, egress, egressRules(e, private, allow, deny)...)
 
 	// Services of this namespace: there are none but the host's own dials.
 	addRules(c, baseChain(c, t, "input", nftables.ChainHookInput, nftables.ChainPolicyDrop),
@@ -192,12 +224,17 @@ func ingressRules(c *nftables.Conn, t *nftables.Table) {
 		drop())
 }
 
-func egressRules(e Egress, private *nftables.Set) []rule {
-	if !e.AllowInternet {
-		return []rule{drop()}
+// egressRules: what is private first, whatever the lists say.
+func egressRules(e Egress, private, allow, deny *nftables.Set) []rule {
+	rules := []rule{
+		match(daddrIn(private), drop()),
+		match(daddrIn(allow), accept()),
+		match(daddrIn(deny), drop()),
 	}
-	// Lists of allowed and denied destinations belong between these two.
-	return []rule{match(daddrIn(private), drop()), accept()}
+	if e.AllowInternet {
+		return append(rules, accept())
+	}
+	return append(rules, drop())
 }
 
 // forwardMark tells the NAT chain, which does not see the incoming interface,

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -26,9 +28,16 @@ var (
 
 // Egress is what a guest may reach. The zero value is nothing at all.
 type Egress struct {
-	// AllowInternet opens the public IPv4 internet; private ranges, the host
-	// and other sandboxes stay closed either way.
+	// AllowInternet opens what neither list names of the public IPv4 internet;
+	// private ranges, the host and other sandboxes stay closed whatever the
+	// lists say.
 	AllowInternet bool
+	// Allow and Deny are IPv4 prefixes. Allow goes before Deny.
+	Allow, Deny []netip.Prefix
+}
+
+func (e Egress) equal(o Egress) bool {
+	return e.AllowInternet == o.AllowInternet && slices.Equal(e.Allow, o.Allow) && slices.Equal(e.Deny, o.Deny)
 }
 
 // DefaultEgress is what a fresh slot has.
@@ -76,7 +85,7 @@ func (s *Slot) SetEgress(ctx context.Context, e Egress) error {
 	if s.ns == nil {
 		return ErrReleased
 	}
-	if e == s.egress {
+	if e.equal(s.egress) {
 		return nil
 	}
 	err := inNetns(s.pool.home, s.ns, func() error {

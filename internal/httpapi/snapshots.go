@@ -18,7 +18,12 @@ type snapshotBody struct {
 	CreatedAt  time.Time `json:"created_at,omitzero"`
 }
 
-func toSnapshot(t control.Template) snapshotBody { return snapshotBody(t) }
+func toSnapshot(t control.Template) snapshotBody {
+	return snapshotBody{
+		Name: t.Name, Type: t.Type, VCPUs: t.VCPUs, MemoryMB: t.MemoryMB, SizeBytes: t.SizeBytes,
+		Generation: t.Generation, Parent: t.Parent, CreatedAt: t.CreatedAt,
+	}
+}
 
 func (a *api) createSnapshot(w http.ResponseWriter, r *http.Request) error {
 	var b struct {

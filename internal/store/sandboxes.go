@@ -12,16 +12,16 @@ import (
 )
 
 const sandboxColumns = `id, template, status, vcpus, memory_mb, metadata, timeout_sec, auto_pause,
-	created_at, started_at, last_active_at, expires_at, changed_at, error, version`
+	created_at, started_at, last_active_at, expires_at, changed_at, error, version, options`
 
 type scanner interface{ Scan(...any) error }
 
 func scanSandbox(row scanner) (control.Sandbox, error) {
 	var s control.Sandbox
-	var metadata string
+	var metadata, options string
 	var autoPause, created, started, active, expires, changed int64
 	err := row.Scan(&s.ID, &s.Template, &s.Status, &s.VCPUs, &s.MemoryMB, &metadata, &s.TimeoutSec, &autoPause,
-		&created, &started, &active, &expires, &changed, &s.Error, &s.Version)
+		&created, &started, &active, &expires, &changed, &s.Error, &s.Version, &options)
 	if err != nil {
 		return s, err
 	}
@@ -32,6 +32,9 @@ func scanSandbox(row scanner) (control.Sandbox, error) {
 	if err := json.Unmarshal([]byte(metadata), &s.Metadata); err != nil {
 		return s, fmt.Errorf("metadata of sandbox %s: %w", s.ID, err)
 	}
+	if err := json.Unmarshal([]byte(options), &s.Options); err != nil {
+		return s, fmt.Errorf("options of sandbox %s: %w", s.ID, err)
+	}
 	return s, nil
 }
 
@@ -41,16 +44,20 @@ func (d *DB) CreateSandbox(ctx context.Context, s control.Sandbox) error {
 	if err != nil {
 		return fmt.Errorf("encode metadata: %w", err)
 	}
+	options, err := json.Marshal(s.Options)
+	if err != nil {
+		return fmt.Errorf("encode options: %w", err)
+	}
 	tx, err := d.db.BeginTx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback() // does nothing after Commit
 	_, err = tx.ExecContext(ctx, `INSERT INTO sandboxes (`+sandboxColumns+`)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)`,
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)`,
 		s.ID, s.Template, string(s.Status), s.VCPUs, s.MemoryMB, string(metadata), s.TimeoutSec, flag(s.AutoPause),
 		micros(s.CreatedAt), micros(s.StartedAt), micros(s.LastActiveAt), micros(s.ExpiresAt),
-		micros(s.ChangedAt), s.Error, 1)
+		micros(s.ChangedAt), s.Error, 1, string(options))
 	if err != nil {
 		return inserted(err)
 	}
@@ -116,12 +123,16 @@ func list[T any](ctx context.Context, d *DB, q string, a args, scan func(scanner
 
 // UpdateSandbox implements control.Store.
 func (d *DB) UpdateSandbox(ctx context.Context, s control.Sandbox) error {
+	options, err := json.Marshal(s.Options)
+	if err != nil {
+		return fmt.Errorf("encode options: %w", err)
+	}
 	r, err := d.db.ExecContext(ctx, `UPDATE sandboxes SET status = $1, timeout_sec = $2, auto_pause = $3,
 		started_at = $4, expires_at = $5, error = $6, changed_at = $7, version = version + 1,
-		last_active_at = CASE WHEN last_active_at < $8 THEN $9 ELSE last_active_at END
-		WHERE id = $10 AND version = $11`,
+		last_active_at = CASE WHEN last_active_at < $8 THEN $9 ELSE last_active_at END,
+		options = $10 WHERE id = $11 AND version = $12`,
 		string(s.Status), s.TimeoutSec, flag(s.AutoPause), micros(s.StartedAt), micros(s.ExpiresAt), s.Error,
-		micros(s.ChangedAt), micros(s.LastActiveAt), micros(s.LastActiveAt), s.ID, s.Version)
+		micros(s.ChangedAt), micros(s.LastActiveAt), micros(s.LastActiveAt), string(options), s.ID, s.Version)
 	return affected(r, err, control.ErrStale)
 }
 

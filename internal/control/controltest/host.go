@@ -8,6 +8,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -28,13 +29,17 @@ type Host struct {
 	calls     map[string]int
 	overlaps  int
 	down      bool
+	dial      func(id string, port int) (net.Conn, error)
 }
 
 type sandbox struct {
 	control.HostSandbox
-	busy  bool
-	files map[string][]byte
-	modes map[string]uint32
+	busy bool
+	// rebooted: the present run began from the disk alone.
+	rebooted bool
+	egress   *control.Egress
+	files    map[string][]byte
+	modes    map[string]uint32
 	// over is closed when the present run ends.
 	over chan struct{}
 }
@@ -218,7 +223,7 @@ func (h *Host) CreateSandbox(_ context.Context, r control.HostCreate) (control.H
 			ID: r.ID, State: control.HostRunning, Template: r.Template, VCPUs: r.VCPUs, MemoryMB: r.MemoryMB,
 			CreatedAt: now, StartedAt: now, Annotations: r.Annotations,
 		},
-		files: map[string][]byte{}, modes: map[string]uint32{}, over: make(chan struct{}),
+		files: map[string][]byte{}, modes: map[string]uint32{}, over: make(chan struct{}), egress: r.Egress,
 	}
 	h.sandboxes[r.ID] = s
 	return s.HostSandbox, nil
@@ -249,10 +254,11 @@ func (h *Host) PauseSandbox(_ context.Context, id string) (control.HostSandbox, 
 }
 
 // ResumeSandbox implements control.Host.
-func (h *Host) ResumeSandbox(_ context.Context, id string) (control.HostSandbox, error) {
+func (h *Host) ResumeSandbox(_ context.Context, id string, reboot bool) (control.HostSandbox, error) {
 	return h.move(id, "resume", control.HostPaused, control.HostRunning, func(s *sandbox) {
 		s.over = make(chan struct{})
 		s.StartedAt = time.Now()
+		s.rebooted = reboot
 	})
 }
 
@@ -330,7 +336,7 @@ func (h *Host) CreateSnapshot(_ context.Context, id, name string) (control.Templ
 	}
 	t := control.Template{
 		Name: name, Type: control.TemplateSnapshot, VCPUs: s.VCPUs, MemoryMB: s.MemoryMB,
-		SizeBytes: 4096, Generation: 1, Parent: s.Template, CreatedAt: time.Now(),
+		SizeBytes: 4096, Generation: 1, Parent: s.Template, CreatedAt: time.Now(), SourceID: s.ID,
 	}
 	h.snapshots[name] = t
 	return t, nil

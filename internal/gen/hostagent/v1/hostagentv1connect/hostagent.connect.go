@@ -58,6 +58,9 @@ const (
 	// HostAgentServiceResumeSandboxProcedure is the fully-qualified name of the HostAgentService's
 	// ResumeSandbox RPC.
 	HostAgentServiceResumeSandboxProcedure = "/hostagent.v1.HostAgentService/ResumeSandbox"
+	// HostAgentServiceSetSandboxEgressProcedure is the fully-qualified name of the HostAgentService's
+	// SetSandboxEgress RPC.
+	HostAgentServiceSetSandboxEgressProcedure = "/hostagent.v1.HostAgentService/SetSandboxEgress"
 	// HostAgentServiceListSandboxesProcedure is the fully-qualified name of the HostAgentService's
 	// ListSandboxes RPC.
 	HostAgentServiceListSandboxesProcedure = "/hostagent.v1.HostAgentService/ListSandboxes"
@@ -117,6 +120,9 @@ type HostAgentServiceClient interface {
 	PauseSandbox(context.Context, *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error)
 	// ResumeSandbox brings a paused sandbox back. A resume that fails leaves it paused.
 	ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error)
+	// SetSandboxEgress replaces what a running or paused sandbox's guest may
+	// reach, at once and for all its later runs.
+	SetSandboxEgress(context.Context, *connect.Request[v1.SetSandboxEgressRequest]) (*connect.Response[v1.SetSandboxEgressResponse], error)
 	// ListSandboxes tells everything on this host, running or paused.
 	ListSandboxes(context.Context, *connect.Request[v1.ListSandboxesRequest]) (*connect.Response[v1.ListSandboxesResponse], error)
 	// WatchSandboxes sends every state change that no caller asked for (a VM
@@ -192,6 +198,12 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			httpClient,
 			baseURL+HostAgentServiceResumeSandboxProcedure,
 			connect.WithSchema(hostAgentServiceMethods.ByName("ResumeSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		setSandboxEgress: connect.NewClient[v1.SetSandboxEgressRequest, v1.SetSandboxEgressResponse](
+			httpClient,
+			baseURL+HostAgentServiceSetSandboxEgressProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("SetSandboxEgress")),
 			connect.WithClientOptions(opts...),
 		),
 		listSandboxes: connect.NewClient[v1.ListSandboxesRequest, v1.ListSandboxesResponse](
@@ -294,6 +306,7 @@ type hostAgentServiceClient struct {
 	destroySandbox    *connect.Client[v1.DestroySandboxRequest, v1.DestroySandboxResponse]
 	pauseSandbox      *connect.Client[v1.PauseSandboxRequest, v1.PauseSandboxResponse]
 	resumeSandbox     *connect.Client[v1.ResumeSandboxRequest, v1.ResumeSandboxResponse]
+	setSandboxEgress  *connect.Client[v1.SetSandboxEgressRequest, v1.SetSandboxEgressResponse]
 	listSandboxes     *connect.Client[v1.ListSandboxesRequest, v1.ListSandboxesResponse]
 	watchSandboxes    *connect.Client[v1.WatchSandboxesRequest, v1.WatchSandboxesResponse]
 	createSnapshot    *connect.Client[v1.CreateSnapshotRequest, v1.CreateSnapshotResponse]
@@ -334,6 +347,11 @@ func (c *hostAgentServiceClient) PauseSandbox(ctx context.Context, req *connect.
 // ResumeSandbox calls hostagent.v1.HostAgentService.ResumeSandbox.
 func (c *hostAgentServiceClient) ResumeSandbox(ctx context.Context, req *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error) {
 	return c.resumeSandbox.CallUnary(ctx, req)
+}
+
+// SetSandboxEgress calls hostagent.v1.HostAgentService.SetSandboxEgress.
+func (c *hostAgentServiceClient) SetSandboxEgress(ctx context.Context, req *connect.Request[v1.SetSandboxEgressRequest]) (*connect.Response[v1.SetSandboxEgressResponse], error) {
+	return c.setSandboxEgress.CallUnary(ctx, req)
 }
 
 // ListSandboxes calls hostagent.v1.HostAgentService.ListSandboxes.
@@ -425,6 +443,9 @@ type HostAgentServiceHandler interface {
 	PauseSandbox(context.Context, *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error)
 	// ResumeSandbox brings a paused sandbox back. A resume that fails leaves it paused.
 	ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error)
+	// SetSandboxEgress replaces what a running or paused sandbox's guest may
+	// reach, at once and for all its later runs.
+	SetSandboxEgress(context.Context, *connect.Request[v1.SetSandboxEgressRequest]) (*connect.Response[v1.SetSandboxEgressResponse], error)
 	// ListSandboxes tells everything on this host, running or paused.
 	ListSandboxes(context.Context, *connect.Request[v1.ListSandboxesRequest]) (*connect.Response[v1.ListSandboxesResponse], error)
 	// WatchSandboxes sends every state change that no caller asked for (a VM
@@ -496,6 +517,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		HostAgentServiceResumeSandboxProcedure,
 		svc.ResumeSandbox,
 		connect.WithSchema(hostAgentServiceMethods.ByName("ResumeSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentServiceSetSandboxEgressHandler := connect.NewUnaryHandler(
+		HostAgentServiceSetSandboxEgressProcedure,
+		svc.SetSandboxEgress,
+		connect.WithSchema(hostAgentServiceMethods.ByName("SetSandboxEgress")),
 		connect.WithHandlerOptions(opts...),
 	)
 	hostAgentServiceListSandboxesHandler := connect.NewUnaryHandler(
@@ -600,6 +627,8 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServicePauseSandboxHandler.ServeHTTP(w, r)
 		case HostAgentServiceResumeSandboxProcedure:
 			hostAgentServiceResumeSandboxHandler.ServeHTTP(w, r)
+		case HostAgentServiceSetSandboxEgressProcedure:
+			hostAgentServiceSetSandboxEgressHandler.ServeHTTP(w, r)
 		case HostAgentServiceListSandboxesProcedure:
 			hostAgentServiceListSandboxesHandler.ServeHTTP(w, r)
 		case HostAgentServiceWatchSandboxesProcedure:
@@ -657,6 +686,10 @@ func (UnimplementedHostAgentServiceHandler) PauseSandbox(context.Context, *conne
 
 func (UnimplementedHostAgentServiceHandler) ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.ResumeSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) SetSandboxEgress(context.Context, *connect.Request[v1.SetSandboxEgressRequest]) (*connect.Response[v1.SetSandboxEgressResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.SetSandboxEgress is not implemented"))
 }
 
 func (UnimplementedHostAgentServiceHandler) ListSandboxes(context.Context, *connect.Request[v1.ListSandboxesRequest]) (*connect.Response[v1.ListSandboxesResponse], error) {

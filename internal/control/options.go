@@ -1,0 +1,112 @@
+package control
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// SandboxOptions are what callers of other surfaces than our own may choose about a
+// sandbox beyond its row. The zero value is what our own makes.
+type SandboxOptions struct {
+	// AutoResume wakes it on traffic while it is paused.
+	AutoResume bool `json:"auto_resume,omitempty"`
+	// AutoPauseDiskOnly makes the pause at the time limit a disk-only one.
+	AutoPauseDiskOnly bool `json:"auto_pause_disk_only,omitempty"`
+	// DiskOnly: the present pause kept the disk alone; the next resume boots.
+	DiskOnly bool `json:"disk_only,omitempty"`
+	// PrivatePorts asks for TrafficToken of whoever uses a published port.
+	PrivatePorts bool   `json:"private_ports,omitempty"`
+	TrafficToken string `json:"traffic_token,omitempty"`
+	// HostMask is the Host that published ports see; "${PORT}" is the port.
+	HostMask string `json:"host_mask,omitempty"`
+	// Egress is what the guest may reach; nil is the default.
+	Egress *Egress `json:"egress,omitempty"`
+}
+
+func (o SandboxOptions) clone() SandboxOptions {
+	o.Egress = o.Egress.clone()
+	return o
+}
+
+// Egress is what a guest may reach of the public IPv4 internet; private ranges
+// are closed in any case. Allowed prefixes go before denied ones.
+type Egress struct {
+	// Internet is what happens to what neither list names; nil is open.
+	Internet *bool    `json:"internet,omitempty"`
+	Allow    []string `json:"allow,omitempty"`
+	Deny     []string `json:"deny,omitempty"`
+}
+
+func (e *Egress) clone() *Egress {
+	if e == nil {
+		return nil
+	}
+	c := *e
+	c.Allow, c.Deny = slices.Clone(e.Allow), slices.Clone(e.Deny)
+	return &c
+}
+
+// MaxEgressRules bounds each list of an Egress.
+const MaxEgressRules = 256
+
+// validate checks the lists and puts them into the form of prefixes.
+func (e *Egress) validate() error {
+	if e == nil {
+		return nil
+	}
+	for _, l := range []struct {
+		field string
+		list  []string
+	}{{"allowOut", e.Allow}, {"denyOut", e.Deny}} {
+		if len(l.list) > MaxEgressRules {
+			return Invalid(l.field, "must have at most %d entries; has %d", MaxEgressRules, len(l.list))
+		}
+		for i, s := range l.list {
+			p, err := ParsePrefix(l.field, s)
+			if err != nil {
+				return err
+			}
+			l.list[i] = p.String()
+		}
+	}
+	return nil
+}
+
+// ParsePrefix reads an IPv4 address or prefix.
+func ParsePrefix(field, s string) (netip.Prefix, error) {
+	if a, err := netip.ParseAddr(s); err == nil && a.Is4() {
+		return netip.PrefixFrom(a, 32), nil
+	}
+	p, err := netip.ParsePrefix(s)
+	if err == nil && p.Addr().Is4() {
+		return p.Masked(), nil
+	}
+	if err == nil || strings.Contains(s, ":") {
+		return p, Invalid(field, "%.64q is not IPv4; sandboxes have no IPv6", s)
+	}
+	return p, Invalid(field, "%.64q must be an IPv4 address or a prefix such as 10.0.0.0/8; names are not supported yet", s)
+}
+
+// NewTrafficToken makes what opens private ports.
+func NewTrafficToken() string {
+	var b [20]byte
+	rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
+}
+
+// NewID makes an ID for a sandbox.
+func NewID() string { return newID() }
+
+// forkedOptions are those of a child: it is not paused, and its ports have a
+// token of their own.
+func forkedOptions(o SandboxOptions) SandboxOptions {
+	o = o.clone()
+	o.DiskOnly = false
+	if o.TrafficToken != "" {
+		o.TrafficToken = NewTrafficToken()
+	}
+	return o
+}

@@ -1,0 +1,87 @@
+package e2bapi
+
+import (
+	"encoding/json"
+	"net/http"
+
+	"git.omukk.dev/wrenn/sandbox/internal/control"
+)
+
+// network is what a sandbox may reach and who may reach it.
+type network struct {
+	AllowPublicTraffic *bool           `json:"allowPublicTraffic,omitempty"`
+	AllowOut           []string        `json:"allowOut,omitempty"`
+	DenyOut            []string        `json:"denyOut,omitempty"`
+	MaskRequestHost    string          `json:"maskRequestHost,omitempty"`
+	DNSServers         json.RawMessage `json:"dnsServers,omitempty"`
+	EgressProxy        json.RawMessage `json:"egressProxy,omitempty"`
+	HTTPSPorts         json.RawMessage `json:"httpsPorts,omitempty"`
+	Rules              json.RawMessage `json:"rules,omitempty"`
+	// AllowInternet is part of an update alone.
+	AllowInternet *bool `json:"allow_internet_access,omitempty"`
+}
+
+// check refuses what is not there, by its name.
+func (n *network) check() error {
+	for _, f := range []struct {
+		name string
+		raw  json.RawMessage
+	}{{"dnsServers", n.DNSServers}, {"egressProxy", n.EgressProxy}, {"httpsPorts", n.HTTPSPorts}, {"rules", n.Rules}} {
+		if given(f.raw) {
+			return control.Invalid("network."+f.name, "is not supported")
+		}
+	}
+	return nil
+}
+
+func (n *network) egress() *control.Egress {
+	if len(n.AllowOut)+len(n.DenyOut) == 0 && n.AllowInternet == nil {
+		return nil
+	}
+	return &control.Egress{Internet: n.AllowInternet, Allow: n.AllowOut, Deny: n.DenyOut}
+}
+
+// into puts a create's wishes into o.
+func (n *network) into(o *control.SandboxOptions) error {
+	if n == nil {
+		return nil
+	}
+	if err := n.check(); err != nil {
+		return err
+	}
+	if n.AllowPublicTraffic != nil {
+		o.PrivatePorts = !*n.AllowPublicTraffic
+	}
+	if len(n.MaskRequestHost) > 255 {
+		return control.Invalid("network.maskRequestHost", "must have at most 255 characters")
+	}
+	o.HostMask = n.MaskRequestHost
+	o.Egress = n.egress()
+	return nil
+}
+
+func networkOf(o control.SandboxOptions) *network {
+	public := !o.PrivatePorts
+	n := &network{AllowPublicTraffic: &public, MaskRequestHost: o.HostMask}
+	if o.Egress != nil {
+		n.AllowOut, n.DenyOut = o.Egress.Allow, o.Egress.Deny
+	}
+	return n
+}
+
+// setNetwork replaces what a sandbox may reach; a list left out is empty.
+func (a *api) setNetwork(w http.ResponseWriter, r *http.Request) error {
+	var b network
+	id, err := body(w, r, &b)
+	if err != nil {
+		return err
+	}
+	if err := b.check(); err != nil {
+		return err
+	}
+	if _, err := a.svc.SetEgress(r.Context(), id, b.egress()); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}

@@ -1,0 +1,82 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"git.omukk.dev/wrenn/sandbox/snapshot"
+)
+
+// Egress is what a guest may reach of the public IPv4 internet: prefixes in
+// the form 192.0.2.0/24. Allowed ones go before denied ones.
+type Egress struct {
+	DenyInternet bool     `json:"deny_internet,omitempty"`
+	Allow        []string `json:"allow,omitempty"`
+	Deny         []string `json:"deny,omitempty"`
+}
+
+// maxEgress bounds each list of an Egress.
+const maxEgress = 256
+
+func (e *Egress) check() error {
+	if e == nil {
+		return nil
+	}
+	if len(e.Allow) > maxEgress || len(e.Deny) > maxEgress {
+		return fmt.Errorf("%w: egress: each list must have at most %d prefixes", ErrInvalid, maxEgress)
+	}
+	for _, l := range [][]string{e.Allow, e.Deny} {
+		for _, s := range l {
+			if p, err := netip.ParsePrefix(s); err != nil || !p.Addr().Is4() {
+				return fmt.Errorf("%w: egress: %.64q is no IPv4 prefix", ErrInvalid, s)
+			}
+		}
+	}
+	return nil
+}
+
+// SetEgress replaces what a running or paused sandbox's guest may reach, at
+// once and for all its later runs.
+func (e *Engine) SetEgress(ctx context.Context, id string, to *Egress) error {
+	ctx = context.WithoutCancel(ctx)
+	if err := to.check(); err != nil {
+		return err
+	}
+	sb, err := e.find(id)
+	if err != nil {
+		return err
+	}
+	if err := sb.begin("change the network of", Running, Paused); err != nil {
+		return err
+	}
+	defer sb.end()
+	old := sb.journal().Egress
+	// The journal first: who takes the sandbox over loads what it says.
+	if err := sb.update(func(j *journal) { j.Egress = to }); err != nil {
+		return err
+	}
+	r := sb.current()
+	if r == nil {
+		return nil
+	}
+	if err := r.slot.SetEgress(ctx, to); err != nil {
+		return errors.Join(fmt.Errorf("change the network of sandbox %s: %w", id, err),
+			sb.update(func(j *journal) { j.Egress = old }))
+	}
+	return nil
+}
+
+// rebootSource is the disk of a pause with a kernel to boot it: that of the
+// base template, whose modules are in its initrd and not on the disk.
+func (e *Engine) rebootSource(m snapshot.Manifest) (source, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	b, ok := e.bases["base"]
+	if !ok {
+		return source{}, fmt.Errorf("%w: there is no base template to boot with", ErrState)
+	}
+	b.Disk = m.Disk.ID
+	return source{base: &b}, nil
+}
