@@ -203,7 +203,7 @@ func (p *Proxy) rewrite(r *httputil.ProxyRequest) {
 	t := targetOf(r.In.Context())
 	run := strconv.FormatInt(t.sandbox.StartedAt.UnixMicro(), 36)
 	r.SetURL(&url.URL{Scheme: "http", Host: t.sandbox.ID + "." + run + ":" + strconv.Itoa(t.port)})
-	r.Out.URL.Path, r.Out.URL.RawPath = r.In.URL.Path, r.In.URL.RawPath
+	r.Out.URL.Path, r.Out.URL.RawPath, r.Out.URL.RawQuery = r.In.URL.Path, r.In.URL.RawPath, r.In.URL.RawQuery
 	r.Out.Host = r.In.Host
 	if mask := t.sandbox.Options.HostMask; mask != "" && t.port != EnvdPort {
 		r.Out.Host = strings.ReplaceAll(mask, "${PORT}", strconv.Itoa(t.port))
