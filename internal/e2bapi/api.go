@@ -36,8 +36,9 @@ type Options struct {
 	PrivatePorts bool
 	// Logger: nil discards.
 	Logger *slog.Logger
-	// More adds routes behind the same authentication; nil adds none.
-	More func(chi.Router)
+	// More adds routes behind the same authentication, Public such without it;
+	// nil adds none. They write their errors with fail.
+	More, Public func(r chi.Router, fail func(http.ResponseWriter, *http.Request, error))
 }
 
 type api struct {
@@ -66,9 +67,12 @@ func New(o Options) http.Handler {
 		r.Use(a.authenticate)
 		a.routes(r)
 		if o.More != nil {
-			o.More(r)
+			o.More(r, a.fail)
 		}
 	})
+	if o.Public != nil {
+		o.Public(r, a.fail)
+	}
 	return r
 }
 

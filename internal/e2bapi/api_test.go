@@ -52,7 +52,7 @@ func setup(t *testing.T) *server {
 	s.history = e2bapi.NewHistory(s.svc)
 	s.Server = httptest.NewServer(http.StripPrefix("/e2b", e2bapi.New(e2bapi.Options{
 		Service: s.svc, History: s.history, Domain: "wrenn.test:8443", Logger: log,
-		More: func(r chi.Router) {
+		More: func(r chi.Router, _ func(http.ResponseWriter, *http.Request, error)) {
 			r.Get("/v3/more", func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusAccepted) })
 		},
 	})))
