@@ -58,6 +58,13 @@
 //     name the new one instead are durable.
 //  6. A zero block written over data becomes zero; over zero it changes nothing.
 //
+// # Copies
+//
+// [Store.Export] holds a snapshot's files for copying them elsewhere, and
+// [Store.Import] brings a snapshot here from another store, under the same IDs;
+// each file arrives as a .tmp, is verified, synced and renamed, the manifest
+// last. Package remote does both for object stores.
+//
 // # Concurrency
 //
 // Any number of processes may read a store. One at a time may write; the first

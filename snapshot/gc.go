@@ -187,6 +187,9 @@ func (s *Store) markLive(p *gcPlan) map[format.ID]bool {
 	for id, c := range s.images {
 		p.needs(id, c.header)
 	}
+	for id := range s.importing {
+		p.whole[id] = true
+	}
 	for id, w := range s.pending {
 		p.whole[id] = true
 		if w.base != nil {
@@ -284,7 +287,8 @@ func (s *Store) sweepStray(name string, r *GCReport, dryRun bool) error {
 
 // sweepImage removes an image, or only its header when others read its blocks.
 func (s *Store) sweepImage(id format.ID, keepData bool, r *GCReport, dryRun bool) error {
-	names := []string{compactionName + ".tmp", compactionName, "header"}
+	// The .tmp of an Import that was cut off; one under way is pending.
+	names := []string{compactionName + ".tmp", compactionName, "header.tmp", "data.tmp", "header"}
 	if !keepData {
 		names = append(names, "data")
 	}

@@ -39,6 +39,8 @@ type Store struct {
 	compaction CompactionPolicy
 	compactMu  sync.Mutex // one Compact at a time; taken before gcMu
 
+	importMu sync.Mutex // one Import at a time; taken before gcMu
+
 	lockMu sync.Mutex
 	lock   storage.File // the write lock; nil until the first changing call
 	closed bool
@@ -48,6 +50,8 @@ type Store struct {
 	builds  map[format.ID]*build     // builds in use by open images
 	pending map[format.ID]*Writer    // images that no manifest names yet
 	txns    map[format.ID]struct{}   // snapshots being made
+	// importing are the images and builds that an Import is bringing here.
+	importing map[format.ID]bool
 }
 
 // Open opens the store in dir. Nothing is read or made yet: any number of
