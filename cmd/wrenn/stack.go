@@ -242,7 +242,7 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	metrics := httpapi.NewMetrics()
 	metrics.Registerer().MustRegister(pagerCollector{s.keeper.Client()})
 	service := control.New(control.Options{
-		Store: db, Host: control.NewHost(client), Logger: s.log, Observe: metrics.ObserveOperation,
+		Store: db, Host: control.NewHost(client), Resolve: db.ResolveTemplate, Logger: s.log, Observe: metrics.ObserveOperation,
 	})
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
@@ -257,7 +257,12 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	if err := waitReady(ctx, service); err != nil {
 		return err
 	}
-	s.openTraffic(o, service, httpapi.New(httpapi.Options{Service: service, Logger: s.log, Metrics: metrics, Limits: o.limits}))
+	routes, err := s.openTemplates(ctx, o, db, service)
+	if err != nil {
+		return err
+	}
+	api := httpapi.New(httpapi.Options{Service: service, Logger: s.log, Metrics: metrics, Limits: o.limits})
+	s.openTraffic(o, service, api, routes)
 	return nil
 }
 

@@ -73,8 +73,8 @@ func (t *trafficOptions) published(plain, secure net.Listener) string {
 }
 
 // openTraffic puts the E2B surface and the way into sandboxes in front of the
-// API's handler.
-func (s *stack) openTraffic(o upOptions, service *control.Service, api http.Handler) {
+// API's handler. e holds the routes of others.
+func (s *stack) openTraffic(o upOptions, service *control.Service, api http.Handler, e e2bapi.Options) {
 	history := e2bapi.NewHistory(service)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -84,9 +84,8 @@ func (s *stack) openTraffic(o upOptions, service *control.Service, api http.Hand
 		history.Run(ctx, tick.C)
 	})
 	s.push(func() error { cancel(); wg.Wait(); return nil })
-	e2b := e2bapi.New(e2bapi.Options{
-		Service: service, History: history, Domain: o.published, PrivatePorts: o.traffic.privatePorts, Logger: s.log,
-	})
+	e.Service, e.History, e.Domain, e.PrivatePorts, e.Logger = service, history, o.published, o.traffic.privatePorts, s.log
+	e2b := e2bapi.New(e)
 	p := proxy.New(proxy.Options{Service: service, Logger: s.log})
 	s.push(func() error { p.Close(); return nil })
 	s.handler = p.Handler(byHost("api."+o.traffic.domain, e2b, underE2B(e2b, api)))
