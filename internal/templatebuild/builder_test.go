@@ -193,7 +193,7 @@ func TestLogIsBoundedAndPaged(t *testing.T) {
 	x := build(t, b, "web", nil, run("loud", "flood", "fail the reason"))
 	size, n := 0, 0
 	for offset := 0; ; {
-		_, page, err := b.Status(t.Context(), "web", x.ID, offset, 100)
+		_, page, err := b.Status(t.Context(), "web", x.ID, offset, 1000)
 		if err != nil {
 			t.Fatal(err)
 		}
