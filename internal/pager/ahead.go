@@ -206,7 +206,8 @@ func (s *Server) learn(id string, m *memory) {
 	var used []uint32
 	if a := m.image.ahead; err == nil && m.handover == nil && len(a.order) > 0 {
 		if used, err = s.judge(id, a, touched); errors.Is(err, uffd.ErrGone) {
-			return // ended within the window: the order stays as it is
+			// Ended within the window: what it used cannot be told any more.
+			used, err = slices.Clone(a.order), nil
 		}
 	}
 	if err == nil {

@@ -82,12 +82,14 @@ func (s *Server) Used(id string, clusters []uint32) ([]uint32, error) {
 		return nil, errors.New("uffd: what a VM in copy mode used cannot be told")
 	}
 	f, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", v.rec.PID))
+	if err == nil {
+		defer f.Close()
+	}
+	if v.proc.exited() { // what was opened may be another's
+		return nil, fmt.Errorf("uffd: process %d: %w", v.rec.PID, ErrGone)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("uffd: open page map of process %d: %w", v.rec.PID, err)
-	}
-	defer f.Close()
-	if v.proc.exited() {
-		return nil, fmt.Errorf("uffd: process %d: %w", v.rec.PID, ErrGone) // it may have been another's
 	}
 	const entry = 8
 	size := int64(s.o.ClusterSize)
