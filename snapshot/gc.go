@@ -224,17 +224,22 @@ func (s *Store) sweep(ctx context.Context, p *gcPlan, r *GCReport, dryRun bool) 
 			return err
 		}
 	}
+	// All of them before any image goes: what a compacted image read from may
+	// come before it in the list.
+	for _, id := range p.images {
+		if p.whole[id] || dryRun {
+			continue
+		}
+		if err := s.settleSwitch(id, p); err != nil {
+			return err
+		}
+	}
 	for _, id := range p.images {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		if p.whole[id] {
 			continue
-		}
-		if !dryRun {
-			if err := s.settleSwitch(id, p); err != nil {
-				return err
-			}
 		}
 		if err := s.sweepImage(id, p.data[id], r, dryRun); err != nil {
 			return err
