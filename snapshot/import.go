@@ -64,8 +64,12 @@ func (s *Store) importSnapshot(ctx context.Context, from *Store, id format.ID) (
 	return s.importManifest(ctx, e)
 }
 
-// reserve keeps GC away from every directory that the import writes to.
+// reserve keeps GC away from every directory that the import writes to. A GC
+// that is under way is waited for: it may have decided already that files which
+// we would find here are garbage.
 func (s *Store) reserve(e *Export) (release func()) {
+	s.gcMu.Lock()
+	defer s.gcMu.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.importing = map[format.ID]bool{}
