@@ -98,6 +98,11 @@ func (s *Store) export(id format.ID) (_ *Export, err error) {
 		if errors.Is(err, fs.ErrNotExist) {
 			err = &CorruptError{Image: b.ID, File: path.Join(s.dir, name), Reason: "the file is missing"}
 		}
+		// Before anybody copies it: a store that lies must not fill a disk.
+		if want := int64(b.Blocks)*(blockSize+sumSize) + trailerSize; err == nil && size != want {
+			err = &CorruptError{Image: b.ID, File: path.Join(s.dir, name), Offset: min(size, want), Reason: fmt.Sprintf(
+				"the file has %d bytes, a build of %d blocks has %d", size, b.Blocks, want)}
+		}
 		if err != nil {
 			return nil, err
 		}

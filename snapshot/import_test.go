@@ -150,6 +150,31 @@ func TestImportRefusesDamage(t *testing.T) {
 	}
 }
 
+// A file that is longer or shorter than its build is found before any of it is
+// copied: a lying store must not fill our disk.
+func TestImportRefusesWrongSizesBeforeCopying(t *testing.T) {
+	for _, by := range []int64{-1, 1, 1 << 20} {
+		from, _, child, _ := exporting(t)
+		m, err := from.Manifest(child)
+		must(t, err)
+		h, err := from.fs.OpenRW(from.dataPath(m.Memory.ID))
+		must(t, err)
+		size, err := h.Size()
+		must(t, err)
+		must(t, h.Truncate(size+by))
+		must(t, h.Close())
+		f := snaptest.NewFS()
+		s := openStore(t, f)
+		var c *CorruptError
+		if err := s.Import(bg, from, child); !errors.As(err, &c) {
+			t.Fatalf("%+d bytes: %v", by, err)
+		}
+		if got := f.Files(); !slices.Equal(got, []string{"/store/lock"}) {
+			t.Fatalf("%+d bytes: %q was copied", by, got)
+		}
+	}
+}
+
 // The power fails after every operation of imports: the snapshots are there
 // whole or not at all, the next import goes on, and nothing is left over.
 func TestImportSurvivesACrashAtEveryOperation(t *testing.T) {
