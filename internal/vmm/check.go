@@ -54,26 +54,36 @@ func (a HostArgs) Validate(s Spec) error {
 	} else if !fi.IsDir() || !filepath.IsAbs(a.Dir) {
 		return fmt.Errorf("dir: %q is not an absolute path of a directory", a.Dir)
 	}
-	if a.Memory == nil {
-		return fmt.Errorf("memory: no file given")
+	if a.Memory != nil {
+		fi, err := a.Memory.Stat()
+		if err != nil {
+			return fmt.Errorf("memory: %w", err)
+		}
+		if fi.Size() != s.MemoryBytes() {
+			return fmt.Errorf("memory: the file has %d bytes, the machine %d MiB (%d bytes)", fi.Size(), s.MemoryMB, s.MemoryBytes())
+		}
 	}
-	fi, err := a.Memory.Stat()
-	if err != nil {
-		return fmt.Errorf("memory: %w", err)
-	}
-	if fi.Size() != s.MemoryBytes() {
-		return fmt.Errorf("memory: the file has %d bytes, the machine %d MiB (%d bytes)", fi.Size(), s.MemoryMB, s.MemoryBytes())
-	}
-	if a.Tap != nil && s.MAC == "" {
+	if (a.Tap != nil || a.TapName != "") && s.MAC == "" {
 		return fmt.Errorf("mac: needed with a tap")
 	}
-	for name, p := range map[string]string{"disk_socket": a.DiskSocket, "console_path": a.ConsolePath} {
+	for name, p := range map[string]string{
+		"disk_socket": a.DiskSocket, "disk_device": a.DiskDevice, "memory_socket": a.MemorySocket,
+		"console_path": a.ConsolePath, "netns": a.NetNS,
+	} {
 		if p == "" {
 			continue
 		}
 		if !filepath.IsAbs(p) || strings.ContainsAny(p, "\x00\n") {
 			return fmt.Errorf("%s: %q is not an absolute path", name, p)
 		}
+	}
+	return nil
+}
+
+// NeedMemory is the check of drivers that map RAM from a file.
+func (a HostArgs) NeedMemory() error {
+	if a.Memory == nil {
+		return fmt.Errorf("memory: no file given")
 	}
 	return nil
 }

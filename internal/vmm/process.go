@@ -21,8 +21,9 @@ type ProcessSpec struct {
 	Args []string
 	Env  []string
 	Dir  string
-	// Stderr takes both outputs; standard input is /dev/null.
-	Stderr *os.File
+	// Stderr takes both outputs where Stdout is nil; standard input is
+	// /dev/null.
+	Stdout, Stderr *os.File
 	// Files become descriptors 3, 4, … of the process. They are borrowed.
 	Files []*os.File
 	// UID and GID to run as; both zero means those of the caller.
@@ -54,6 +55,14 @@ func StartProcess(s ProcessSpec) (*Process, error) {
 	}
 	defer null.Close()
 	files := []*os.File{null, s.Stderr, s.Stderr}
+	if s.Stdout != nil {
+		out, err := dup(s.Stdout)
+		if err != nil {
+			return nil, fmt.Errorf("duplicating the output of %s: %w", s.Args[0], err)
+		}
+		defer out.Close()
+		files[1] = out
+	}
 	for i, f := range s.Files {
 		// os.StartProcess would call Fd, which may switch the caller's file
 		// to blocking mode: give it a duplicate.

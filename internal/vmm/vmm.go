@@ -21,9 +21,11 @@
 //  4. A machine whose SaveState failed is stopped and whole: Continue works.
 //  5. Guest RAM is the file in HostArgs.Memory and is no part of the saved
 //     state; whoever restores brings the same bytes in a file of the same size.
-//  6. Guest time stands still while the machine is stopped, saved or not: its
-//     monotonic clock goes on where it was, its wall clock is the guest
-//     agent's to step.
+//     A driver with Capabilities.OwnMemory keeps RAM to itself: its machines
+//     are MemorySavers, and a restore brings a server of pages.
+//  6. Guest time stands still while the machine is stopped, saved or not (but
+//     see Capabilities.ClockRuns): its monotonic clock goes on where it was,
+//     its wall clock is the guest agent's to step.
 //  7. What is saved (State) and what the host supplies again at restore
 //     (HostArgs) are different types.
 package vmm
@@ -82,15 +84,25 @@ type HostArgs struct {
 	// logs. Files of an earlier process in it are replaced.
 	Dir string
 	// Memory is guest RAM: a memfd (or tmpfs file) of exactly MemoryMB MiB,
-	// open for reading and writing, mapped shared.
+	// open for reading and writing, mapped shared. Drivers with OwnMemory
+	// want none.
 	Memory *os.File
+	// MemorySocket is where a restore with OwnMemory hands over its
+	// userfaultfd: a server of pages listens there, on the file system of Dir.
+	MemorySocket string
 	// UffdDev is /dev/userfaultfd to inherit, nil for none.
 	UffdDev *os.File
 	// DiskSocket is the path of an NBD server's unix socket, export name "".
 	// Empty: no disk.
 	DiskSocket string
+	// DiskDevice is the path of a block device, in place of DiskSocket, for
+	// drivers with OwnMemory.
+	DiskDevice string
 	// Tap is the open tap device; nil: no network card.
 	Tap *os.File
+	// TapName, in the network namespace at the path NetNS, is the tap device
+	// in place of Tap for drivers that open it by name. NetNS empty: ours.
+	TapName, NetNS string
 	// ConsolePath takes what the guest writes to its serial console, bounded
 	// (see Capabilities.ConsoleLimit). Empty: Dir/console.log. An existing
 	// file is appended to.
@@ -168,7 +180,16 @@ const (
 type Capabilities struct {
 	// SharedMemory: several machines can map one Memory file, each privately.
 	SharedMemory bool
-	DirtySource  DirtySource
+	// OwnMemory: RAM is the VMM's own. See MemorySaver and MemorySocket; tap
+	// and disk are given by name.
+	OwnMemory bool
+	// RestartOnly: a guest's power-off does not end the machine, only its
+	// restart does.
+	RestartOnly bool
+	// ClockRuns: guest time stands still while the machine is saved, but not
+	// while it is stopped.
+	ClockRuns   bool
+	DirtySource DirtySource
 	// LiveCheckpoint: SaveState leaves a machine that Continue brings back.
 	LiveCheckpoint bool
 	// ConsoleLimit bounds the console file, bytes; what comes after is lost.
@@ -230,7 +251,21 @@ type Machine interface {
 	Close()
 }
 
+// MemorySaver is a Machine of a driver with OwnMemory, whose SaveState fails
+// with ErrTogether: device state and memory are saved together.
+type MemorySaver interface {
+	// Save is SaveState and returns the memory too: an unlinked file of the
+	// size of RAM for the caller to close. With whole unset its data are the
+	// pages that changed since the machine started or was last saved, and its
+	// holes are not. The VMM begins a new list of changes then, so that a
+	// caller who could not keep what it got must ask for the whole next time;
+	// so after a Save that failed.
+	Save(ctx context.Context, w io.Writer, whole bool) (*os.File, error)
+}
+
 var (
+	// ErrTogether: device state cannot be saved without the memory.
+	ErrTogether = errors.New("device state and memory are saved together")
 	// ErrGone: the process has ended, or is not the one the Record names.
 	ErrGone = errors.New("virtual machine is gone")
 	// ErrIncompatible: this host cannot restore that state.

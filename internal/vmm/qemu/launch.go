@@ -243,7 +243,7 @@ func listenUnix(path string) (*os.File, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("removing an old control socket: %w", err)
 	}
-	addr, done, err := sockAddr(path)
+	addr, done, err := vmm.SockAddr(path)
 	if err != nil {
 		return nil, err
 	}
@@ -262,21 +262,4 @@ func listenUnix(path string) (*os.File, error) {
 		return nil, fmt.Errorf("making the control socket: %w", err)
 	}
 	return f, nil
-}
-
-// maxSunPath is what a socket address has room for.
-const maxSunPath = 107
-
-// sockAddr is the address of a socket; where the path is too long for one, it
-// goes by the directory's descriptor, which lives until done is called.
-func sockAddr(path string) (addr *net.UnixAddr, done func(), err error) {
-	if len(path) <= maxSunPath {
-		return &net.UnixAddr{Name: path, Net: "unix"}, func() {}, nil
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return nil, nil, fmt.Errorf("opening the control socket's directory: %w", err)
-	}
-	name := fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path))
-	return &net.UnixAddr{Name: name, Net: "unix"}, func() { dir.Close() }, nil
 }

@@ -133,7 +133,7 @@ func (m *machine) event(e qmpEvent) {
 func (m *machine) connect(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, qmpFallback)
 	defer cancel()
-	addr, done, err := sockAddr(m.rec.Control)
+	addr, done, err := vmm.SockAddr(m.rec.Control)
 	if err != nil {
 		return err
 	}

@@ -169,7 +169,7 @@ func (d *Driver) Restore(ctx context.Context, a vmm.RestoreArgs) (vmm.Machine, e
 	fail := func(err error) (vmm.Machine, error) {
 		return nil, fmt.Errorf("restoring sandbox %s: %w", a.ID, err)
 	}
-	if err := a.Validate(); err != nil {
+	if err := errors.Join(a.Validate(), a.NeedMemory()); err != nil {
 		return fail(err)
 	}
 	info, binary, err := d.ready(ctx)

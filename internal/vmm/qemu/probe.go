@@ -2,13 +2,9 @@ package qemu
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -65,7 +61,7 @@ func (d *Driver) tryKVM(ctx context.Context, binary string, info vmm.Info) (ok b
 
 // probeKey names everything that a verdict depends on.
 func (d *Driver) probeKey(info vmm.Info) (string, error) {
-	kernel, err := fileDigest(d.o.ProbeKernel)
+	kernel, err := vmm.FileDigest(d.o.ProbeKernel)
 	if err != nil {
 		return "", fmt.Errorf("reading the guest's kernel: %w", err)
 	}
@@ -73,7 +69,7 @@ func (d *Driver) probeKey(info vmm.Info) (string, error) {
 	if err := unix.Uname(&u); err != nil {
 		return "", fmt.Errorf("asking the host's kernel version: %w", err)
 	}
-	flags, err := hostFlagsDigest()
+	flags, err := vmm.HostFlagsDigest()
 	if err != nil {
 		return "", err
 	}
@@ -95,7 +91,7 @@ func (d *Driver) bootProbe(ctx context.Context, binary string, info vmm.Info) er
 		return err
 	}
 	initrd := filepath.Join(dir, "initrd")
-	if err := os.WriteFile(initrd, probeInitrd(), 0o644); err != nil {
+	if err := os.WriteFile(initrd, vmm.ProbeInitrd(), 0o644); err != nil {
 		return err
 	}
 	fd, err := unix.MemfdCreate("wrenn-kvm-probe", unix.MFD_CLOEXEC)
@@ -121,46 +117,8 @@ func (d *Driver) bootProbe(ctx context.Context, binary string, info vmm.Info) er
 	case <-ctx.Done():
 		return m.abandon(fmt.Errorf("it hung for %s", kvmTime))
 	}
-	if console := vmm.Tail(m.rec.ConsolePath, 1<<20); !strings.Contains(console, probeWord) {
+	if console := vmm.Tail(m.rec.ConsolePath, 1<<20); !strings.Contains(console, vmm.ProbeWord) {
 		return m.Err()
 	}
 	return nil
-}
-
-func fileDigest(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
-}
-
-// hostFlagsDigest is over the CPU's model and its sorted flags: what a guest
-// with cpuKVM sees.
-func hostFlagsDigest() (string, error) {
-	b, err := os.ReadFile("/proc/cpuinfo")
-	if err != nil {
-		return "", fmt.Errorf("reading the host's CPU flags: %w", err)
-	}
-	h := sha256.New()
-	for line := range strings.Lines(string(b)) {
-		key, val, ok := strings.Cut(line, ":")
-		if !ok { // the first CPU is enough
-			break
-		}
-		switch strings.TrimSpace(key) {
-		case "vendor_id", "cpu family", "model":
-			fmt.Fprintln(h, strings.Fields(val))
-		case "flags":
-			f := strings.Fields(val)
-			slices.Sort(f)
-			fmt.Fprintln(h, f)
-		}
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
 }

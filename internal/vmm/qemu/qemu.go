@@ -19,6 +19,7 @@ package qemu
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -148,7 +149,7 @@ func (d *Driver) Probe(ctx context.Context) (vmm.Info, error) {
 	}
 	if ok {
 		info.Accel, info.CPUModel = vmm.AccelKVM, cpuKVM
-		if info.CPUFlagsDigest, err = hostFlagsDigest(); err != nil {
+		if info.CPUFlagsDigest, err = vmm.HostFlagsDigest(); err != nil {
 			return vmm.Info{}, err
 		}
 	} else if d.o.Accel == AccelKVM {
@@ -215,7 +216,7 @@ func (d *Driver) Boot(ctx context.Context, a vmm.BootArgs) (vmm.Machine, error) 
 	fail := func(err error) (vmm.Machine, error) {
 		return nil, fmt.Errorf("booting sandbox %s: %w", a.ID, err)
 	}
-	if err := a.Validate(); err != nil {
+	if err := errors.Join(a.Validate(), a.NeedMemory()); err != nil {
 		return fail(err)
 	}
 	info, binary, err := d.ready(ctx)

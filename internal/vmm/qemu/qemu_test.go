@@ -69,7 +69,7 @@ func TestCommandLine(t *testing.T) {
 }
 
 func TestProbeInitrd(t *testing.T) {
-	r := cpio.NewReader(bytes.NewReader(probeInitrd()))
+	r := cpio.NewReader(bytes.NewReader(vmm.ProbeInitrd()))
 	h, err := r.Next()
 	if err != nil || h.Name != "init" || h.Mode.Perm() != 0o755 {
 		t.Fatalf("%+v, %v", h, err)

@@ -16,6 +16,8 @@ import (
 
 	"github.com/cavaliergopher/cpio"
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
 
 // RequireQEMU skips the test where QEMU is not installed.
@@ -31,6 +33,36 @@ func RequireQEMU(t testing.TB) {
 
 // Modules that the guest's kernel needs for its devices, in this order.
 var Modules = []string{"virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "failover", "net_failover", "virtio_net"}
+
+// assetsEnv names a directory that holds the guest ready made (vmlinux,
+// initrd), where the machine that tests run on can neither download nor build.
+const assetsEnv = "WRENN_TEST_ASSETS"
+
+// RequireKVM skips the test unless it is told that KVM works: in the nested
+// machine of test/nested, or by WRENN_TEST_KVM=1 on a host that has it.
+func RequireKVM(t testing.TB) {
+	t.Helper()
+	if os.Getenv("WRENN_TEST_KVM") != "1" {
+		t.Skip("skipped: this test needs KVM; test/nested runs it in a machine that has it, WRENN_TEST_KVM=1 on this one")
+	}
+	if _, err := exec.LookPath("firecracker"); err != nil {
+		t.Fatalf("WRENN_TEST_KVM=1, but firecracker is not in the PATH: %v", err)
+	}
+}
+
+// Vmlinux returns the path of the guest's kernel for Firecracker.
+func Vmlinux(t testing.TB) string {
+	t.Helper()
+	if dir := os.Getenv(assetsEnv); dir != "" {
+		return filepath.Join(dir, "vmlinux")
+	}
+	bzImage, _ := Kernel(t)
+	path, err := template.EnsureVmlinux(bzImage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
 
 var kernelOnce = sync.OnceValues(fetchKernel)
 
@@ -136,6 +168,9 @@ func command(dir, name string, args ...string) (string, error) {
 // program of vmmtest/guest as /init, and Modules.
 func Initrd(t testing.TB) string {
 	t.Helper()
+	if dir := os.Getenv(assetsEnv); dir != "" {
+		return filepath.Join(dir, "initrd")
+	}
 	_, modules := Kernel(t)
 	dir := t.TempDir()
 	prog := filepath.Join(dir, "init")

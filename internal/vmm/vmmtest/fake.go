@@ -136,7 +136,7 @@ func (f *Fake) Probe(ctx context.Context) (vmm.Info, error) {
 
 // Boot implements vmm.Driver.
 func (f *Fake) Boot(ctx context.Context, a vmm.BootArgs) (vmm.Machine, error) {
-	if err := errors.Join(ctx.Err(), f.enter("Boot", a.ID), a.Validate()); err != nil {
+	if err := errors.Join(ctx.Err(), f.enter("Boot", a.ID), a.Validate(), a.NeedMemory()); err != nil {
 		return nil, err
 	}
 	vm, err := f.start(a.HostArgs, a.Spec)
@@ -161,7 +161,7 @@ const fakeMagic = "fake machine state"
 
 // Restore implements vmm.Driver.
 func (f *Fake) Restore(ctx context.Context, a vmm.RestoreArgs) (vmm.Machine, error) {
-	if err := errors.Join(ctx.Err(), f.enter("Restore", a.ID), a.Validate()); err != nil {
+	if err := errors.Join(ctx.Err(), f.enter("Restore", a.ID), a.Validate(), a.NeedMemory()); err != nil {
 		return nil, err
 	}
 	if err := f.Info.Fits(a.State.Info); err != nil {

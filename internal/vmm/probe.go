@@ -1,18 +1,24 @@
-package qemu
+package vmm
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
 )
 
-// probeWord is what the probe's user space says on the console.
-const probeWord = "WRENN-PROBE-OK"
+// ProbeWord is what the probe's user space says on the console.
+const ProbeWord = "WRENN-PROBE-OK"
 
-// probeInitrd is an initial RAM disk with one static program: it writes
-// probeWord to the console and resets the machine, and so proves that the
+// ProbeInitrd is an initial RAM disk with one static program: it writes
+// ProbeWord to the console and resets the machine, and so proves that the
 // kernel booted, went to user mode and took system calls.
-func probeInitrd() []byte {
+func ProbeInitrd() []byte {
 	var b bytes.Buffer
 	entry := func(name string, mode, data int) {
 		fmt.Fprintf(&b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s\x00",
@@ -37,7 +43,7 @@ func pad(b *bytes.Buffer) {
 // probeProgram is an ELF executable of x86-64 with one loadable segment.
 func probeProgram() []byte {
 	const base, headers = 0x400000, 64 + 56
-	word := probeWord + "\n"
+	word := ProbeWord + "\n"
 	code := []byte{
 		0xb8, 1, 0, 0, 0, // mov eax, 1 (write)
 		0xbf, 1, 0, 0, 0, // mov edi, 1
@@ -66,4 +72,43 @@ func probeProgram() []byte {
 	b.Write(code)
 	b.WriteString(word)
 	return b.Bytes()
+}
+
+// FileDigest is the SHA-256 of a file, 64 hex digits.
+func FileDigest(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// HostFlagsDigest is over the CPU's model and its sorted flags: what a guest
+// of the host's own model sees.
+func HostFlagsDigest() (string, error) {
+	b, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "", fmt.Errorf("reading the host's CPU flags: %w", err)
+	}
+	h := sha256.New()
+	for line := range strings.Lines(string(b)) {
+		key, val, ok := strings.Cut(line, ":")
+		if !ok { // the first CPU is enough
+			break
+		}
+		switch strings.TrimSpace(key) {
+		case "vendor_id", "cpu family", "model":
+			fmt.Fprintln(h, strings.Fields(val))
+		case "flags":
+			f := strings.Fields(val)
+			slices.Sort(f)
+			fmt.Fprintln(h, f)
+		}
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
 }

@@ -1,0 +1,261 @@
+package firecracker
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// Limits of the conversation. Saving writes all the memory that changed, and
+// loading may fault pages in from a slow store.
+const (
+	callLimit = 30 * time.Second
+	saveLimit = 5 * time.Minute
+	maxAnswer = 1 << 20
+)
+
+// api speaks to one Firecracker over its socket.
+type api struct {
+	path string
+	// pid is who must answer: the socket lies where the jailed process can
+	// replace it. 0: whoever does.
+	pid  int
+	http *http.Client
+}
+
+func newAPI(path string, pid int) *api {
+	a := &api{path: path, pid: pid}
+	a.http = &http.Client{Transport: &http.Transport{
+		DialContext: a.dial, MaxIdleConns: 1, DisableCompression: true,
+	}}
+	return a
+}
+
+func (a *api) close() { a.http.CloseIdleConnections() }
+
+func (a *api) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	addr, done, err := vmm.SockAddr(a.path)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", addr.Name)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.checkPeer(c.(*net.UnixConn)); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+func (a *api) checkPeer(c *net.UnixConn) error {
+	if a.pid == 0 {
+		return nil
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	if cerr := raw.Control(func(fd uintptr) {
+		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); cerr != nil {
+		return cerr
+	}
+	if err != nil {
+		return err
+	}
+	if int(cred.Pid) != a.pid {
+		return fmt.Errorf("process %d answers on Firecracker's socket, not %d", cred.Pid, a.pid)
+	}
+	return nil
+}
+
+// call sends one request. body and answer may be nil.
+func (a *api) call(ctx context.Context, limit time.Duration, method, path string, body, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	err := a.exchange(ctx, method, path, body, answer)
+	if err != nil {
+		return fmt.Errorf("firecracker %s %s: %w", method, path, err)
+	}
+	return nil
+}
+
+func (a *api) exchange(ctx context.Context, method, path string, body, answer any) error {
+	var in io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return err
+		}
+		in = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://firecracker"+path, in)
+	if err != nil {
+		return err
+	}
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	res, err := a.http.Do(req)
+	if err != nil {
+		if ctx.Err() != nil {
+			return fmt.Errorf("no answer: %w", ctx.Err())
+		}
+		return err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+	if err != nil {
+		return fmt.Errorf("reading the answer: %w", err)
+	}
+	if res.StatusCode >= 300 {
+		var fault struct {
+			Message string `json:"fault_message"`
+		}
+		if json.Unmarshal(b, &fault); fault.Message == "" {
+			fault.Message = string(clip(b))
+		}
+		return fmt.Errorf("status %d: %s", res.StatusCode, fault.Message)
+	}
+	if answer == nil {
+		return nil
+	}
+	if err := json.Unmarshal(b, answer); err != nil {
+		return fmt.Errorf("decoding the answer: %w", err)
+	}
+	return nil
+}
+
+type object map[string]any
+
+func (a *api) put(ctx context.Context, path string, body object) error {
+	return a.call(ctx, callLimit, http.MethodPut, path, body, nil)
+}
+
+// version asks who is there: the first call of every conversation.
+func (a *api) version(ctx context.Context) (version, error) {
+	var v struct {
+		Version string `json:"firecracker_version"`
+	}
+	if err := a.call(ctx, callLimit, http.MethodGet, "/version", nil, &v); err != nil {
+		return version{}, err
+	}
+	got, err := parseVersion(numbers.FindSubmatch([]byte(v.Version)))
+	if err != nil {
+		return got, fmt.Errorf("firecracker GET /version: %w", err)
+	}
+	return got, got.check()
+}
+
+func (a *api) machineConfig(ctx context.Context, s vmm.Spec) error {
+	return a.put(ctx, "/machine-config", object{
+		"vcpu_count": s.VCPUs, "mem_size_mib": s.MemoryMB, "smt": false, "track_dirty_pages": true,
+	})
+}
+
+// spec asks what machine this is.
+func (a *api) spec(ctx context.Context) (s vmm.Spec, err error) {
+	var c struct {
+		VCPUs    int `json:"vcpu_count"`
+		MemoryMB int `json:"mem_size_mib"`
+	}
+	err = a.call(ctx, callLimit, http.MethodGet, "/machine-config", nil, &c)
+	return vmm.Spec{VCPUs: c.VCPUs, MemoryMB: c.MemoryMB}, err
+}
+
+func (a *api) bootSource(ctx context.Context, kernel, initrd, cmdline string) error {
+	o := object{"kernel_image_path": kernel, "boot_args": cmdline}
+	if initrd != "" {
+		o["initrd_path"] = initrd
+	}
+	return a.put(ctx, "/boot-source", o)
+}
+
+func (a *api) drive(ctx context.Context, path string) error {
+	return a.put(ctx, "/drives/rootfs", object{
+		"drive_id": "rootfs", "path_on_host": path, "is_root_device": false, "is_read_only": false,
+		"cache_type": "Writeback", // the guest's flushes reach the overlay
+	})
+}
+
+func (a *api) network(ctx context.Context, tap, mac string) error {
+	return a.put(ctx, "/network-interfaces/eth0", object{"iface_id": "eth0", "host_dev_name": tap, "guest_mac": mac})
+}
+
+func (a *api) entropy(ctx context.Context) error { return a.put(ctx, "/entropy", object{}) }
+
+func (a *api) start(ctx context.Context) error {
+	return a.put(ctx, "/actions", object{"action_type": "InstanceStart"})
+}
+
+// state is "Not started", "Running" or "Paused".
+func (a *api) state(ctx context.Context) (string, error) {
+	var s struct {
+		State string `json:"state"`
+	}
+	err := a.call(ctx, callLimit, http.MethodGet, "/", nil, &s)
+	return s.State, err
+}
+
+// become pauses or resumes a machine that is not in that state yet.
+func (a *api) become(ctx context.Context, state string) error {
+	now, err := a.state(ctx)
+	if err != nil || now == state {
+		return err
+	}
+	verb := map[string]string{"Running": "Resumed", "Paused": "Paused"}[state]
+	return a.call(ctx, callLimit, http.MethodPatch, "/vm", object{"state": verb}, nil)
+}
+
+func (a *api) save(ctx context.Context, kind, state, memory string) error {
+	return a.call(ctx, saveLimit, http.MethodPut, "/snapshot/create", object{
+		"snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory,
+	}, nil)
+}
+
+func (a *api) load(ctx context.Context, v version, state, backend, path string) error {
+	return a.call(ctx, saveLimit, http.MethodPut, "/snapshot/load", object{
+		"snapshot_path": state, v.dirtyField(): true, "resume_vm": false,
+		"mem_backend": object{"backend_type": backend, "backend_path": path},
+	}, nil)
+}
+
+// await asks for the version until somebody answers: the socket appears some
+// milliseconds after the process, without an event.
+func (a *api) await(ctx context.Context, ended <-chan struct{}) (version, error) {
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		v, err := a.version(ctx)
+		if ctx.Err() != nil {
+			return v, fmt.Errorf("firecracker does not answer: %w", ctx.Err())
+		}
+		if err == nil || !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ECONNREFUSED) {
+			return v, err
+		}
+		select {
+		case <-tick.C:
+		case <-ended:
+			return v, errors.New("firecracker ended before it took calls")
+		case <-ctx.Done():
+			return v, fmt.Errorf("firecracker does not answer: %w", ctx.Err())
+		}
+	}
+}

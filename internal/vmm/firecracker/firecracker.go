@@ -1,0 +1,305 @@
+// Package firecracker drives Firecracker, which needs KVM. Only wiring code
+// imports it; everybody else knows vmm.Driver.
+//
+// What holds for its processes:
+//
+//  1. As root they run through jailer: chroot, user, mount and network
+//     namespace of their own, cgroup, seccomp filter on. Otherwise they are
+//     started directly, with the filter.
+//  2. What lies in a jail may have been replaced by the jailed process: paths
+//     in it are opened without following links, and who answers on the socket
+//     is compared with the process.
+//  3. RAM is Firecracker's own. A restore loads nothing: a server of pages,
+//     whose socket is HostArgs.MemorySocket, is handed a userfaultfd.
+//  4. The disk is always /tmp/fc-vm/rootfs, a node or link in the machine's own
+//     mount namespace: the path is part of the saved state, the device behind
+//     it is not.
+//  5. The console goes through a FIFO that never blocks Firecracker: what
+//     nobody reads is lost, and what is kept is bounded.
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// Name of the driver.
+const Name = "firecracker"
+
+// logLimit bounds the console and Firecracker's own messages, bytes each.
+const logLimit = 4 << 20
+
+// Options of a Driver.
+type Options struct {
+	// Binary and Jailer are paths or names; empty: firecracker, jailer.
+	Binary, Jailer string
+	// Direct starts Firecracker without jailer, also as root.
+	Direct bool
+	// ProbeKernel is the guest's vmlinux, booted once to prove KVM. Empty:
+	// KVM is taken to work.
+	ProbeKernel string
+	// ProbeCache is the file that remembers the verdict; empty: none does.
+	ProbeCache string
+	// UID and GID that Firecracker runs as; both zero: as the caller.
+	UID, GID uint32
+	// Logger; nil: none.
+	Logger *slog.Logger
+}
+
+// Driver implements vmm.Driver.
+type Driver struct {
+	o   Options
+	log *slog.Logger
+
+	probe chan struct{} // holds one token: a mutex that a context can leave
+	mu    sync.Mutex
+	host  *host // what Probe found
+}
+
+// host is what the probe found.
+type host struct {
+	info           vmm.Info
+	binary, jailer string // jailer empty: direct
+	version        version
+}
+
+var _ vmm.Driver = (*Driver)(nil)
+
+// New makes a Driver; nothing is started before Probe or the first machine.
+func New(o Options) *Driver {
+	if o.Binary == "" {
+		o.Binary = "firecracker"
+	}
+	if o.Jailer == "" {
+		o.Jailer = "jailer"
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Driver{o: o, log: o.Logger, probe: make(chan struct{}, 1)}
+}
+
+// Name implements vmm.Driver.
+func (d *Driver) Name() string { return Name }
+
+// Capabilities implements vmm.Driver.
+func (d *Driver) Capabilities() vmm.Capabilities {
+	return vmm.Capabilities{
+		OwnMemory: true, RestartOnly: true, ClockRuns: true, DirtySource: vmm.DirtyVMM, LiveCheckpoint: true, ConsoleLimit: logLimit,
+	}
+}
+
+// Boot implements vmm.Driver.
+func (d *Driver) Boot(ctx context.Context, a vmm.BootArgs) (vmm.Machine, error) {
+	fail := func(err error) (vmm.Machine, error) {
+		return nil, fmt.Errorf("booting sandbox %s: %w", a.ID, err)
+	}
+	if err := errors.Join(a.Validate(), checkArgs(a.HostArgs)); err != nil {
+		return fail(err)
+	}
+	h, err := d.ready(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	m, err := d.boot(ctx, h, a)
+	if err != nil {
+		return fail(err)
+	}
+	return m, nil
+}
+
+func (d *Driver) boot(ctx context.Context, h host, a vmm.BootArgs) (*machine, error) {
+	l, err := newLaunch(d.o, h, a.HostArgs, a.Spec)
+	if err != nil {
+		return nil, err
+	}
+	kernel, err := l.put("vmlinux", a.Kernel)
+	if err != nil {
+		return nil, fmt.Errorf("kernel: %w", err)
+	}
+	initrd := ""
+	if a.Initrd != "" {
+		if initrd, err = l.put("initrd", a.Initrd); err != nil {
+			return nil, fmt.Errorf("initrd: %w", err)
+		}
+	}
+	m, err := l.start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = d.configure(ctx, m.api, a, kernel, initrd)
+	if err == nil {
+		err = m.api.start(ctx)
+	}
+	if err != nil {
+		return nil, m.abandon(err)
+	}
+	l.forget("vmlinux", "initrd") // they are in the guest's memory now
+	return m, nil
+}
+
+func (d *Driver) configure(ctx context.Context, c *api, a vmm.BootArgs, kernel, initrd string) error {
+	if err := c.machineConfig(ctx, a.Spec); err != nil {
+		return err
+	}
+	if err := c.bootSource(ctx, kernel, initrd, cmdline+" "+a.Cmdline); err != nil {
+		return err
+	}
+	if a.DiskDevice != "" {
+		if err := c.drive(ctx, drivePath); err != nil {
+			return err
+		}
+	}
+	if a.TapName != "" {
+		if err := c.network(ctx, a.TapName, a.MAC); err != nil {
+			return err
+		}
+	}
+	return c.entropy(ctx)
+}
+
+// cmdline is the driver's part of the kernel command line. The time stamp
+// counter is kvm-clock's affair; there is no BIOS disk to ask; reboot=k reaches
+// the keyboard controller, which ends the machine, and so does a panic.
+const cmdline = "console=ttyS0 quiet reboot=k panic=-1 edd=off random.trust_cpu=on no_timer_check " +
+	"i8042.noaux i8042.nomux i8042.dumbkbd"
+
+// checkArgs refuses what this driver cannot use.
+func checkArgs(h vmm.HostArgs) error {
+	switch {
+	case h.Memory != nil:
+		return errors.New("memory: firecracker keeps RAM to itself, a file cannot be given")
+	case h.DiskSocket != "":
+		return errors.New("disk_socket: firecracker speaks no NBD; attach it to a device and give disk_device")
+	case h.Tap != nil:
+		return errors.New("tap: firecracker opens its tap by name; give tap_name and netns")
+	}
+	return nil
+}
+
+// Restore implements vmm.Driver.
+func (d *Driver) Restore(ctx context.Context, a vmm.RestoreArgs) (vmm.Machine, error) {
+	fail := func(err error) (vmm.Machine, error) {
+		return nil, fmt.Errorf("restoring sandbox %s: %w", a.ID, err)
+	}
+	if err := errors.Join(a.Validate(), checkArgs(a.HostArgs)); err != nil {
+		return fail(err)
+	}
+	if a.MemorySocket == "" {
+		return fail(errors.New("memory_socket: a restore needs a server of pages"))
+	}
+	h, err := d.ready(ctx)
+	if err != nil {
+		return fail(err)
+	}
+	if err := h.info.Fits(a.State.Info); err != nil {
+		return fail(err)
+	}
+	m, err := d.restore(ctx, h, a)
+	if err != nil {
+		return fail(err)
+	}
+	return m, nil
+}
+
+func (d *Driver) restore(ctx context.Context, h host, a vmm.RestoreArgs) (*machine, error) {
+	l, err := newLaunch(d.o, h, a.HostArgs, a.State.Spec)
+	if err != nil {
+		return nil, err
+	}
+	state, err := l.put("state", a.State.File)
+	if err != nil {
+		return nil, fmt.Errorf("state: %w", err)
+	}
+	pages, err := l.put("pages.sock", a.MemorySocket)
+	if err != nil {
+		return nil, fmt.Errorf("memory_socket: %w", err)
+	}
+	m, err := l.start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if a.Attach != nil {
+		if err := a.Attach(ctx, m.PID()); err != nil {
+			return nil, m.abandon(fmt.Errorf("attaching the memory: %w", err))
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, m.abandon(err)
+	}
+	err = m.api.load(ctx, h.version, state, "Uffd", pages)
+	if err == nil {
+		err = checkSpec(ctx, m.api, a.State.Spec)
+	}
+	if err != nil {
+		return nil, m.abandon(err)
+	}
+	l.forget("state", "pages.sock")
+	return m, nil
+}
+
+// checkSpec compares what the state made with what the manifest says.
+func checkSpec(ctx context.Context, c *api, want vmm.Spec) error {
+	got, err := c.spec(ctx)
+	if err != nil {
+		return err
+	}
+	if got.VCPUs != want.VCPUs || got.MemoryMB != want.MemoryMB {
+		return fmt.Errorf("%w: the state is of a machine with %d vCPUs and %d MiB, not %d and %d",
+			vmm.ErrIncompatible, got.VCPUs, got.MemoryMB, want.VCPUs, want.MemoryMB)
+	}
+	return nil
+}
+
+// Adopt implements vmm.Driver.
+func (d *Driver) Adopt(ctx context.Context, r vmm.Record) (vmm.Machine, error) {
+	fail := func(err error) (vmm.Machine, error) {
+		return nil, fmt.Errorf("adopting sandbox %s: %w", r.ID, err)
+	}
+	if r.Kind != Name {
+		return fail(fmt.Errorf("it is a %q machine, not %q", r.Kind, Name))
+	}
+	p, err := vmm.AdoptProcess(r.PID, r.StartTime, r.BootID)
+	if err != nil {
+		return fail(err)
+	}
+	pumps, err := openPumps(filepath.Dir(r.StderrPath), filepath.Dir(r.Control), r.ConsolePath, r.StderrPath)
+	if err != nil {
+		p.Close()
+		return fail(err)
+	}
+	m := newMachine(r, p, pumps, d.log)
+	if _, err := m.api.version(ctx); err != nil {
+		m.Close()
+		return fail(err)
+	}
+	return m, nil
+}
+
+// Find tells where the programs are and their version, without starting a
+// machine, for people's eyes.
+func Find(ctx context.Context, o Options) (binary, jailer, version string, err error) {
+	d := New(o)
+	b, v, err := find(ctx, d.o.Binary)
+	if err != nil {
+		return "", "", "", err
+	}
+	if err := v.check(); err != nil {
+		return b, "", v.String(), err
+	}
+	j, jv, err := find(ctx, d.o.Jailer)
+	if err == nil && jv != v {
+		err = fmt.Errorf("%s has version %s and %s version %s: they must come from one release", j, jv, b, v)
+	}
+	return b, j, v.String(), err
+}
+
+// asRoot: jailer needs it.
+func asRoot() bool { return os.Geteuid() == 0 }

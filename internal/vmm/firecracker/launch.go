@@ -1,0 +1,287 @@
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+const (
+	// drivePath is the disk's path in every machine: saved states hold it.
+	driveDir  = "/tmp/fc-vm"
+	drivePath = driveDir + "/rootfs"
+
+	apiName = "api.sock"
+	logName = "firecracker.log"
+)
+
+// launch is one process to be started.
+type launch struct {
+	o    Options
+	host host
+	args vmm.HostArgs
+	spec vmm.Spec
+	// root is the directory that Firecracker writes to, as we see it.
+	root string
+}
+
+func newLaunch(o Options, h host, a vmm.HostArgs, s vmm.Spec) (*launch, error) {
+	if a.ConsolePath == "" {
+		a.ConsolePath = filepath.Join(a.Dir, "console.log")
+	}
+	l := &launch{o: o, host: h, args: a, spec: s, root: filepath.Join(a.Dir, "vm")}
+	if l.jailed() {
+		if err := os.RemoveAll(filepath.Join(a.Dir, jailName)); err != nil {
+			return nil, fmt.Errorf("removing an old jail: %w", err)
+		}
+		l.root = jailRoot(a.Dir, a.ID)
+	} else if err := os.RemoveAll(l.root); err != nil {
+		return nil, fmt.Errorf("removing an old machine's files: %w", err)
+	}
+	if err := os.MkdirAll(l.root, 0o711); err != nil {
+		return nil, fmt.Errorf("making the machine's directory: %w", err)
+	}
+	return l, l.own(l.root)
+}
+
+func (l *launch) jailed() bool { return l.host.jailer != "" }
+
+// own gives what lies in root to Firecracker's user.
+func (l *launch) own(path string) error {
+	if l.o.UID == 0 && l.o.GID == 0 {
+		return nil
+	}
+	if err := os.Lchown(path, int(l.o.UID), int(l.o.GID)); err != nil {
+		return fmt.Errorf("giving %s to Firecracker's user: %w", path, err)
+	}
+	return nil
+}
+
+// put makes a file or socket of the host reachable and returns the path by
+// which Firecracker finds it. A jail gets a link, or where that cannot be, a
+// copy; a socket must lie on its file system.
+func (l *launch) put(name, path string) (string, error) {
+	if !l.jailed() {
+		return path, nil
+	}
+	to := filepath.Join(l.root, name)
+	st, err := os.Stat(path)
+	if err != nil {
+		return "", err
+	}
+	if !st.Mode().IsRegular() {
+		if err := os.Link(path, to); err != nil {
+			return "", fmt.Errorf("bringing it into the jail: %w", err)
+		}
+		return "/" + name, nil
+	}
+	if err := copyFile(to, path); err != nil {
+		return "", fmt.Errorf("bringing it into the jail: %w", err)
+	}
+	return "/" + name, l.own(to)
+}
+
+func copyFile(to, from string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
+
+// forget removes what put brought and the machine does not need any more.
+func (l *launch) forget(names ...string) {
+	if !l.jailed() {
+		return
+	}
+	for _, n := range names {
+		_ = os.Remove(filepath.Join(l.root, n)) // it goes with the jail at the latest
+	}
+}
+
+// start runs Firecracker and shakes hands. On failure no process is left.
+func (l *launch) start(ctx context.Context) (_ *machine, err error) {
+	stderrPath := filepath.Join(l.args.Dir, logName)
+	if err := os.Remove(stderrPath); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("removing an old log: %w", err)
+	}
+	pumps, err := openPumps(l.args.Dir, l.root, l.args.ConsolePath, stderrPath)
+	if err != nil {
+		return nil, err
+	}
+	running := false
+	defer func() {
+		if !running {
+			for _, c := range pumps {
+				c.abort()
+			}
+		}
+	}()
+	if err := l.own(filepath.Join(l.root, logFifoName)); err != nil {
+		return nil, err
+	}
+	stderr, err := vmm.OpenLog(stderrPath, logLimit)
+	if err != nil {
+		return nil, err
+	}
+	defer stderr.Close()
+	out, err := openFIFO(filepath.Join(l.args.Dir, fifoName))
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	boot, err := vmm.BootID()
+	if err != nil {
+		return nil, err
+	}
+	p, err := l.process(out, stderr)
+	if err != nil {
+		return nil, err
+	}
+	running = true
+	m := newMachine(vmm.Record{
+		ID: l.args.ID, Kind: Name, PID: p.PID(), StartTime: p.StartTime(), BootID: boot,
+		Control: filepath.Join(l.root, apiName), ConsolePath: l.args.ConsolePath, StderrPath: stderrPath,
+		MemoryFD: -1, UffdDevFD: -1, Spec: l.spec, Info: l.host.info,
+	}, p, pumps, l.o.Logger)
+	v, err := m.api.await(ctx, p.Done())
+	if err == nil && v != l.host.version {
+		err = fmt.Errorf("firecracker %s answers, %s was probed", v, l.host.version)
+	}
+	if err != nil {
+		return nil, m.abandon(err)
+	}
+	return m, nil
+}
+
+// process starts the program, jailed or not.
+func (l *launch) process(stdout, stderr *os.File) (*vmm.Process, error) {
+	inside := "/"
+	if !l.jailed() {
+		inside = l.root
+	}
+	own := []string{"--api-sock", filepath.Join(inside, apiName), "--log-path", filepath.Join(inside, logFifoName), "--level", "Warn"}
+	if l.jailed() {
+		if err := l.node(); err != nil {
+			return nil, err
+		}
+		args, err := l.jailArgs()
+		if err != nil {
+			return nil, err
+		}
+		return vmm.StartProcess(vmm.ProcessSpec{
+			Args: append(append(args, "--"), own...), Env: environment(), Dir: "/", Stdout: stdout, Stderr: stderr,
+		})
+	}
+	var p *vmm.Process
+	err := l.apart(func() (err error) {
+		p, err = vmm.StartProcess(vmm.ProcessSpec{
+			Args: append([]string{l.host.binary, "--id", l.args.ID}, own...), Env: environment(), Dir: "/",
+			Stdout: stdout, Stderr: stderr, UID: l.o.UID, GID: l.o.GID,
+		})
+		return err
+	})
+	return p, err
+}
+
+// apart runs start on a thread in namespaces of its own: the network's where
+// the tap is, and a mount namespace in which drivePath leads to this machine's
+// disk. The child inherits them; the thread ends with its goroutine.
+func (l *launch) apart(start func() error) error {
+	if l.args.DiskDevice == "" && l.args.NetNS == "" {
+		return start()
+	}
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked
+		done <- func() error {
+			if err := l.enter(); err != nil {
+				return err
+			}
+			return start()
+		}()
+	}()
+	return <-done
+}
+
+func (l *launch) enter() error {
+	if l.args.NetNS != "" {
+		ns, err := os.Open(l.args.NetNS)
+		if err != nil {
+			return fmt.Errorf("netns: %w", err)
+		}
+		defer ns.Close()
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("entering the network namespace: %w", err)
+		}
+	}
+	if l.args.DiskDevice == "" {
+		return nil
+	}
+	if err := os.MkdirAll(driveDir, 0o755); err != nil {
+		return fmt.Errorf("making %s: %w", driveDir, err)
+	}
+	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("making a mount namespace: %w", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("making the mounts private: %w", err)
+	}
+	if err := unix.Mount("tmpfs", driveDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "size=64k,mode=755"); err != nil {
+		return fmt.Errorf("mounting %s: %w", driveDir, err)
+	}
+	if err := os.Symlink(l.args.DiskDevice, drivePath); err != nil {
+		return fmt.Errorf("linking the disk: %w", err)
+	}
+	if l.o.UID != 0 {
+		if err := os.Chown(l.args.DiskDevice, int(l.o.UID), int(l.o.GID)); err != nil {
+			return fmt.Errorf("giving the disk to Firecracker's user: %w", err)
+		}
+	}
+	return nil
+}
+
+// root is the directory that Firecracker writes to: as we see it, and as it
+// does.
+func (m *machine) root() (here, inside string) {
+	here = filepath.Dir(m.rec.Control)
+	if filepath.Base(here) == "root" { // a jail's
+		return here, "/"
+	}
+	return here, here
+}
+
+// openRegular opens a file that the jailed process wrote, for reading, if it
+// is what it should be.
+func openRegular(path string, least, most int64) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat()
+	if err == nil && (!fi.Mode().IsRegular() || fi.Size() < least || fi.Size() > most) {
+		err = fmt.Errorf("%s is no regular file of %d to %d bytes (%s, %d)", filepath.Base(path), least, most, fi.Mode(), fi.Size())
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func itoa(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
