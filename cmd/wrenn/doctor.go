@@ -72,6 +72,7 @@ func examine(ctx context.Context, dir string) []finding {
 	out := []finding{checkRoot(), checkProgram("qemu-system-x86_64", "qemu-system-x86", "bad"),
 		checkProgram("mmdebstrap", "mmdebstrap", "note"), checkProgram("mke2fs", "e2fsprogs", "note")}
 	out = append(out, checkAccelerator(ctx, dir), checkUserfaultfd(), checkDevice("/dev/net/tun", "tap devices", "modprobe tun; in a container pass --device /dev/net/tun"))
+	out = append(out, checkFirecracker(ctx, dir)...)
 	return append(out, checkNamespace(), checkMemory(), checkDisk(dir))
 }
 

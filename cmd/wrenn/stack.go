@@ -27,8 +27,6 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/pager"
 	"git.omukk.dev/wrenn/sandbox/internal/store"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 )
 
@@ -94,7 +92,7 @@ func (s *stack) lockDir(dir string) error {
 
 // openHost starts what runs VMs: network, pager, engine.
 func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.Store, base template.Result) error {
-	driver, user, err := s.chooseDriver(ctx, o, base)
+	driver, user, err := s.chooseDriver(ctx, o, &base)
 	if err != nil {
 		return err
 	}
@@ -123,8 +121,12 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	}
 	s.keeper = keeper
 	s.push(s.closePager)
+	disks, err := s.openDisks(driver, o.dir)
+	if err != nil {
+		return err
+	}
 	e, err := engine.New(ctx, engine.Options{
-		Dir: o.dir, Store: snapshots, Driver: driver, Network: engine.HostNetwork(pool), Pager: keeper.Client(),
+		Disks: disks, Dir: o.dir, Store: snapshots, Driver: driver, Network: engine.HostNetwork(pool), Pager: keeper.Client(),
 		MemoryLimitMB: o.memoryLimit, Cmdline: "wrenn.dns=" + o.dns, Logger: s.log,
 	})
 	if err != nil {
@@ -147,35 +149,6 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	}
 	pruneTemplates(ctx, o.dir, s.log)
 	return nil
-}
-
-// chooseDriver finds what runs VMs, and the user that it runs as. An
-// unprivileged one, unless this host makes that impossible: page faults can
-// then be served only through /dev/userfaultfd, and KVM only where everybody
-// may open it.
-func (s *stack) chooseDriver(ctx context.Context, o upOptions, base template.Result) (vmm.Driver, int, error) {
-	user := o.vmmUser
-	if _, err := os.Stat("/dev/userfaultfd"); err != nil && user != 0 {
-		s.log.Warn("VMs' processes run as root: this kernel has no /dev/userfaultfd (Linux 6.1 and later have)")
-		user = 0
-	}
-	if closed := closedParent(o.dir); closed != "" && user != 0 {
-		s.log.Warn("VMs' processes run as root: another user cannot pass through "+closed, "remedy", "chmod o+x "+closed+", or another --dir")
-		user = 0
-	}
-	qo := qemu.Options{ProbeKernel: base.Kernel, ProbeCache: kvmVerdict(o.dir), Logger: s.log}
-	// Asked as root: an unprivileged user that may not open /dev/kvm must not
-	// be taken for a host without it. The answer is remembered.
-	info, err := qemu.New(qo).Probe(ctx)
-	if err != nil {
-		return nil, 0, fmt.Errorf("find out what runs VMs here: %w", err)
-	}
-	if st, err := os.Stat("/dev/kvm"); user != 0 && info.Accel == vmm.AccelKVM && (err != nil || st.Mode().Perm()&0o006 != 0o006) {
-		s.log.Warn("VMs' processes run as root: /dev/kvm is not open to others; chmod 666 /dev/kvm allows an unprivileged user")
-		user = 0
-	}
-	qo.UID, qo.GID = uint32(user), uint32(user)
-	return qemu.New(qo), user, nil
 }
 
 // closedParent returns the first directory on the way to dir that other users

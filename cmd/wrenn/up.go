@@ -64,7 +64,7 @@ func newUpCmd() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&o.dir, "dir", stateDir(), "state directory")
 	f.StringVar(&o.listen, "listen", "127.0.0.1:8000", "address of the API")
-	f.StringVar(&o.driver, "driver", "auto", "what runs the VMs: auto or qemu")
+	f.StringVar(&o.driver, "driver", driverAuto, "what runs the VMs: auto, qemu or firecracker")
 	f.StringVar(&o.onExit, "on-exit", onExitLeave, "running sandboxes at a planned end: leave, pause or destroy")
 	f.IntVar(&o.memoryLimit, "memory-limit", 0, "MiB of RAM for all running sandboxes together (default: 90 % of this machine's)")
 	f.Float64Var(&o.limits.PerSecond, "rate-limit", httpapi.DefaultLimits.PerSecond, "requests a second for each API key, twice as many at once; -1 is no limit")
@@ -92,11 +92,9 @@ func (o *upOptions) check() error {
 		return usagef("--dir %s is longer than 50 bytes, and the sockets below it would have no valid path; choose a shorter one", dir)
 	}
 	switch o.driver {
-	case "auto", "qemu":
-	case "firecracker":
-		return usagef("--driver firecracker is not in this version; use auto or qemu")
+	case driverAuto, driverQEMU, driverFirecracker:
 	default:
-		return usagef("--driver %q is not known; use auto or qemu", o.driver)
+		return usagef("--driver %q is not known; use auto, qemu or firecracker", o.driver)
 	}
 	switch o.onExit {
 	case onExitLeave, onExitPause, onExitDestroy:

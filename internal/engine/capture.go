@@ -80,6 +80,16 @@ func (e *Engine) guestSync(ctx context.Context, sb *sandbox, r *run, ph *phases)
 // captureParts writes device state, memory and disk, side by side. What it
 // made is undone through c.
 func (e *Engine) captureParts(ctx context.Context, sb *sandbox, r *run, txn *snapshot.Txn, ph *phases, c *closer) (memory, disk *snapshot.Writer, err error) {
+	defer func() {
+		for _, w := range []*snapshot.Writer{memory, disk} {
+			if w != nil {
+				c.push(func(context.Context) error { return w.Abort() })
+			}
+		}
+	}()
+	if e.ownMemory() {
+		return e.captureOwn(ctx, sb, r, txn, ph)
+	}
 	j := sb.journal()
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
@@ -110,11 +120,6 @@ func (e *Engine) captureParts(ctx context.Context, sb *sandbox, r *run, txn *sna
 		return nil
 	})
 	err = g.Wait()
-	for _, w := range []*snapshot.Writer{memory, disk} {
-		if w != nil {
-			c.push(func(context.Context) error { return w.Abort() })
-		}
-	}
 	return memory, disk, err
 }
 

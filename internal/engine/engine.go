@@ -86,6 +86,8 @@ type Options struct {
 	Driver  vmm.Driver
 	Network Network
 	Pager   pager.Client
+	// Disks is needed where the driver keeps memory to itself.
+	Disks Disks
 	// MemoryLimitMB bounds the RAM of all running sandboxes together; 0 is
 	// no bound.
 	MemoryLimitMB int

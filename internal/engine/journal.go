@@ -64,6 +64,9 @@ type runRecord struct {
 	LastDisk   format.ID `json:"last_disk"`
 	// RAMAddr is where the RAM lies in the VMM process; 0 after a boot.
 	RAMAddr uint64 `json:"ram_addr,omitempty"`
+	// ChangesLost: a capture began a new list of changed pages in the VMM and
+	// was not committed; the next one needs all of the memory.
+	ChangesLost bool `json:"changes_lost,omitempty"`
 	// VM is absent until the VMM process has been started.
 	VM *vmm.Record `json:"vm,omitempty"`
 }

@@ -34,7 +34,7 @@ func killHolders(ctx context.Context, dir string, log *slog.Logger) error {
 		}
 		// Read after the pidfd was opened: what it says is of that process.
 		cmdline, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
-		if err == nil && isVMMOf(string(cmdline), dir) {
+		if err == nil && (isVMMOf(string(cmdline), dir) || jailedIn(e.Name(), dir)) {
 			log.Warn("killing a VM process that was never entered", "pid", pid, "dir", dir)
 			errs = append(errs, killPidfd(fd))
 		}

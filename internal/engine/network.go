@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 
 	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
 )
@@ -32,6 +33,9 @@ func (n hostNetwork) Adopt(ctx context.Context, id string, index int) (Slot, err
 
 type hostSlot struct{ slot *hostnet.Slot }
 
+func (s hostSlot) Tap() (name, netns string) {
+	return hostnet.TapName, filepath.Join("/run/netns", s.slot.Netns)
+}
 func (s hostSlot) Index() int                 { return s.slot.Index }
 func (s hostSlot) OpenTap() (*os.File, error) { return s.slot.OpenTap() }
 func (s hostSlot) Dial(ctx context.Context, port int) (net.Conn, error) {

@@ -86,6 +86,9 @@ func (e *Engine) sourceOf(spec *CreateSpec) (source, error) {
 	if spec.VCPUs != 0 && spec.VCPUs != m.VMM.VCPUs || spec.MemoryMB != 0 && spec.MemoryMB != m.VMM.MemoryMB {
 		return source{}, fmt.Errorf("%w: snapshot %q fixes vcpus at %d and memory_mb at %d; leave them out or give these", ErrInvalid, spec.Template, m.VMM.VCPUs, m.VMM.MemoryMB)
 	}
+	if err := e.fits(m); err != nil {
+		return source{}, fmt.Errorf("create from snapshot %q: %w", spec.Template, err)
+	}
 	spec.VCPUs, spec.MemoryMB = m.VMM.VCPUs, m.VMM.MemoryMB
 	return source{manifest: &m, keepWarm: true, fork: true}, nil
 }
@@ -189,8 +192,10 @@ func (e *Engine) freeze(ctx context.Context, sb *sandbox, kind string, name stri
 		return captured{}, fmt.Errorf("begin a manifest: %w", err)
 	}
 	j := sb.journal()
+	r := sb.current()
+	r.wholeMemory = j.Run.ChangesLost
 	err = sb.update(func(j *journal) {
-		j.Pending = txn.ID()
+		j.Pending, j.Run.ChangesLost = txn.ID(), e.ownMemory() // until it is committed
 		if kind == snapshot.KindPause {
 			j.State = Pausing
 		}
@@ -203,7 +208,7 @@ func (e *Engine) freeze(ctx context.Context, sb *sandbox, kind string, name stri
 		CreatedAt: e.opts.Now().UTC(), VMM: vmmInfo(e.info, "", j), EnvdVersion: "", NetworkLayout: networkLayout,
 		Annotations: j.Annotations,
 	}
-	c, err := e.capture(ctx, sb, sb.current(), txn, m, ph)
+	c, err := e.capture(ctx, sb, r, txn, m, ph)
 	if err != nil {
 		return c, errors.Join(err, sb.update(func(j *journal) { j.State, j.Pending = Running, format.ID{} }))
 	}
@@ -281,6 +286,8 @@ func (e *Engine) Resume(ctx context.Context, id string, reboot bool) (Info, Stat
 		if src, err = e.rebootSource(m); err != nil {
 			return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: %w", id, err)
 		}
+	} else if err := e.fits(m); err != nil {
+		return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: %w", id, err)
 	}
 	if err := sb.update(func(j *journal) { j.State = Resuming }); err != nil {
 		return Info{}, Stats{}, err
@@ -396,7 +403,7 @@ func (e *Engine) snapshotRunning(ctx context.Context, sb *sandbox, name string, 
 	// The snapshot exists from here on, whatever becomes of the source.
 	err = sb.update(func(j *journal) {
 		j.Pending, j.Generation = format.ID{}, c.manifest.Generation
-		j.Run.LastMemory, j.Run.LastDisk = c.manifest.Memory.ID, c.manifest.Disk.ID
+		j.Run.LastMemory, j.Run.LastDisk, j.Run.ChangesLost = c.manifest.Memory.ID, c.manifest.Disk.ID, false
 	})
 	if err != nil {
 		e.log.Error("the journal misses a snapshot; the next capture writes more than it must", "sandbox", sb.id(), "err", err)

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
@@ -166,6 +167,11 @@ func (e *Engine) adopt(ctx context.Context, sb *sandbox) (_ *run, err error) {
 		return nil, err
 	}
 	c.push(func(context.Context) error { machine.Close(); return nil })
+	if e.opts.Disks != nil {
+		if err := e.opts.Disks.Adopt(ctx, sb.id(), sb.path(diskSocket)); err != nil {
+			return nil, err
+		}
+	}
 	slot, err := e.opts.Network.Adopt(ctx, sb.id(), j.Run.Slot)
 	if err != nil {
 		return nil, fmt.Errorf("take over the network slot: %w", err)
@@ -194,8 +200,11 @@ func (e *Engine) endLeftover(ctx context.Context, sb *sandbox) error {
 	}
 	errs := []error{e.stopServing(ctx, sb)}
 	slot, err := e.opts.Network.Adopt(ctx, sb.id(), j.Run.Slot)
-	if err == nil {
+	switch {
+	case err == nil:
 		err = slot.Release(ctx)
+	case errors.Is(err, hostnet.ErrSlotLost): // swept since: nothing is left to give back
+		err = nil
 	}
 	return errors.Join(append(errs, err)...)
 }

@@ -28,6 +28,9 @@ type run struct {
 	machine vmm.Machine
 	slot    Slot
 	guest   *Guest
+	// wholeMemory: the VMM's list of changed pages cannot be relied on for
+	// the next capture. Guarded by the operation's token.
+	wholeMemory bool
 	// ending is closed before we end the VM ourselves, so that its end is
 	// not taken for a failure.
 	ending  chan struct{}

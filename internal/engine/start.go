@@ -121,6 +121,13 @@ func (e *Engine) startMachine(ctx context.Context, sb *sandbox, src source, slot
 	if err != nil {
 		return nil, err
 	}
+	if e.ownMemory() {
+		host, err := e.hostArgsOwn(ctx, sb, slot, rec)
+		if err != nil {
+			return nil, err
+		}
+		return e.launch(ctx, sb, src, host, rec, c, ph)
+	}
 	defer memory.Close()
 	tap, err := slot.OpenTap()
 	if err != nil {
@@ -139,6 +146,11 @@ func (e *Engine) startMachine(ctx context.Context, sb *sandbox, src source, slot
 		ID: sb.id(), Dir: sb.dir, Memory: memory, UffdDev: uffdDev,
 		DiskSocket: sb.path(diskSocket), Tap: tap, ConsolePath: sb.path(consoleName),
 	}
+	return e.launch(ctx, sb, src, host, rec, c, ph)
+}
+
+// launch boots or restores the VM; it runs on return.
+func (e *Engine) launch(ctx context.Context, sb *sandbox, src source, host vmm.HostArgs, rec *runRecord, c *closer, ph *phases) (vmm.Machine, error) {
 	j := sb.journal()
 	spec := vmm.Spec{VCPUs: j.VCPUs, MemoryMB: j.MemoryMB, MAC: guestMAC}
 
@@ -196,6 +208,9 @@ func (e *Engine) prepare(ctx context.Context, sb *sandbox, rec *runRecord, keepW
 		return nil
 	})
 	g.Go(func() (err error) {
+		if e.ownMemory() {
+			return e.prepareOwn(gctx, sb, rec.MemoryImage)
+		}
 		memory, err = e.prepareMemory(gctx, sb, rec.MemoryImage, keepWarm)
 		return err
 	})
@@ -248,6 +263,11 @@ func (e *Engine) stopServing(ctx context.Context, sb *sandbox) error {
 	_, err := e.opts.Pager.ReleaseMemory(ctx, connect.NewRequest(&pagerv1.ReleaseMemoryRequest{SandboxId: sb.id()}))
 	if err != nil {
 		err = fmt.Errorf("release the memory: %w", err)
+	}
+	if e.opts.Disks != nil { // the device before its server
+		if derr := e.opts.Disks.Detach(ctx, sb.id()); derr != nil {
+			return errors.Join(err, derr)
+		}
 	}
 	_, derr := e.opts.Pager.StopDisk(ctx, connect.NewRequest(&pagerv1.StopDiskRequest{SandboxId: sb.id()}))
 	if derr != nil {

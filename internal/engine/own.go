@@ -1,0 +1,134 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"connectrpc.com/connect"
+
+	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/snapshot"
+	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+)
+
+// This file is for drivers that keep guest memory to themselves
+// (vmm.Capabilities.OwnMemory): pages are copied in over a userfaultfd that the
+// VMM hands over, changes come from the VMM's own list, and the disk is a block
+// device.
+
+// Disks makes block devices of NBD exports. A device is known by its sandbox.
+type Disks interface {
+	Attach(ctx context.Context, sandboxID, socket string) (path string, err error)
+	Adopt(ctx context.Context, sandboxID, socket string) error
+	Flush(sandboxID string) error
+	Detach(ctx context.Context, sandboxID string) error
+}
+
+// pagesSocket is where a VMM hands its userfaultfd over.
+const pagesSocket = "pages.sock"
+
+func (e *Engine) ownMemory() bool { return e.opts.Driver.Capabilities().OwnMemory }
+
+// prepareOwn has the pager wait for the hand-over; a VM that boots needs none.
+func (e *Engine) prepareOwn(ctx context.Context, sb *sandbox, image format.ID) error {
+	if image.IsZero() {
+		return nil
+	}
+	_, err := e.opts.Pager.PrepareMemory(ctx, connect.NewRequest(&pagerv1.PrepareMemoryRequest{
+		SandboxId: sb.id(), ImageId: image.String(),
+		Mode: pagerv1.MemoryMode_MEMORY_MODE_COPY, SocketPath: sb.path(pagesSocket),
+	}))
+	if err != nil {
+		return fmt.Errorf("prepare the memory: %w", err)
+	}
+	return nil
+}
+
+// hostArgsOwn names what the VMM opens itself.
+func (e *Engine) hostArgsOwn(ctx context.Context, sb *sandbox, slot Slot, rec *runRecord) (vmm.HostArgs, error) {
+	device, err := e.opts.Disks.Attach(ctx, sb.id(), sb.path(diskSocket))
+	if err != nil {
+		return vmm.HostArgs{}, err
+	}
+	named, ok := slot.(interface{ Tap() (name, netns string) })
+	if !ok {
+		return vmm.HostArgs{}, fmt.Errorf("the network slot does not name its tap")
+	}
+	h := vmm.HostArgs{ID: sb.id(), Dir: sb.dir, DiskDevice: device, ConsolePath: sb.path(consoleName)}
+	h.TapName, h.NetNS = named.Tap()
+	if !rec.MemoryImage.IsZero() {
+		h.MemorySocket = sb.path(pagesSocket)
+	}
+	return h, nil
+}
+
+// captureOwn saves state and memory, which come together, and then the disk.
+func (e *Engine) captureOwn(ctx context.Context, sb *sandbox, r *run, txn *snapshot.Txn, ph *phases) (memory, disk *snapshot.Writer, err error) {
+	j := sb.journal()
+	memory, err = e.captureOwnMemory(ctx, r, txn, j, ph)
+	if err != nil {
+		return nil, nil, fmt.Errorf("capture the memory: %w", err)
+	}
+	defer ph.part("disk")()
+	// What the host's kernel holds back of the device is not in the overlay.
+	if err := e.opts.Disks.Flush(sb.id()); err != nil {
+		return memory, nil, fmt.Errorf("capture the disk: %w", err)
+	}
+	if disk, err = e.captureDisk(ctx, sb, *j.Run); err != nil {
+		return memory, nil, fmt.Errorf("capture the disk: %w", err)
+	}
+	return memory, disk, nil
+}
+
+func (e *Engine) captureOwnMemory(ctx context.Context, r *run, txn *snapshot.Txn, j journal, ph *phases) (*snapshot.Writer, error) {
+	saver, ok := r.machine.(vmm.MemorySaver)
+	if !ok {
+		return nil, fmt.Errorf("the %s driver's machines cannot save their memory", e.info.Kind)
+	}
+	state, err := txn.StateFile()
+	if err != nil {
+		return nil, fmt.Errorf("create the device state: %w", err)
+	}
+	done := ph.part("device_state")
+	f, err := saver.Save(ctx, state, r.wholeMemory)
+	done()
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	defer ph.part("memory")()
+	size := int64(j.MemoryMB) << 20
+	mapped := j.Run.LastMemory // the changes are those since the last capture
+	if r.wholeMemory {
+		mapped = format.ID{} // and here they are to be found
+	}
+	scan := func(yield func(off, n int64) error) error { return scanFile(f, size, yield) }
+	return e.writeImage(ctx, size, mapped, j.Run.LastMemory, pagesOf(f, scan))
+}
+
+// fits tells, for the user, whether this host can restore a manifest's state.
+func (e *Engine) fits(m snapshot.Manifest) error {
+	if err := e.info.Fits(infoOf(m.VMM)); err != nil {
+		return fmt.Errorf("%w: %w", ErrState, err)
+	}
+	return nil
+}
+
+// jailedIn tells whether a process's root lies below a sandbox's directory: a
+// jailed VMM's command line does not name it.
+func jailedIn(pid, dir string) bool {
+	root, err := os.Stat(filepath.Join("/proc", pid, "root"))
+	if err != nil {
+		return false
+	}
+	jails, _ := filepath.Glob(filepath.Join(dir, "jail", "*", "*", "root"))
+	for _, j := range jails {
+		if st, err := os.Stat(j); err == nil && os.SameFile(st, root) {
+			return true
+		}
+	}
+	return false
+}
