@@ -56,6 +56,41 @@ type GCReport struct {
 	Images    []format.ID // removed whole
 	Headers   []format.ID // images of which only the blocks are needed still
 	Bytes     int64       // freed
+	// Items are the same one by one, and the temporary files that a crash left,
+	// in the order in which they go.
+	Items []GCItem
+}
+
+// GCKind says what a GCItem is.
+type GCKind string
+
+// The kinds of what GC removes.
+const (
+	GCSnapshot GCKind = "snapshot" // unfinished or half deleted
+	GCImage    GCKind = "image"    // with its blocks
+	GCHeader   GCKind = "header"   // of an image whose blocks others read
+	GCFile     GCKind = "file"     // temporary; ID is of what it lies beside
+)
+
+// A GCItem is one thing that GC removed, or would remove in a dry run.
+type GCItem struct {
+	Kind  GCKind    `json:"kind"`
+	ID    format.ID `json:"id"`
+	Bytes int64     `json:"bytes"`
+}
+
+// add records what goes.
+func (r *GCReport) add(kind GCKind, id format.ID, n int64) {
+	switch kind {
+	case GCSnapshot:
+		r.Snapshots = append(r.Snapshots, id)
+	case GCImage:
+		r.Images = append(r.Images, id)
+	case GCHeader:
+		r.Headers = append(r.Headers, id)
+	}
+	r.Bytes += n
+	r.Items = append(r.Items, GCItem{Kind: kind, ID: id, Bytes: n})
 }
 
 // GC removes what nothing needs: it marks from every manifest, from roots (the
@@ -93,7 +128,13 @@ type gcPlan struct {
 	data      map[format.ID]bool
 	named     map[format.ID][]format.ID // images, and the snapshots that name them
 	// strays are files that a crash left beside what counts.
-	strays []string
+	strays []stray
+}
+
+// stray is a temporary file beside a snapshot's or an image's own.
+type stray struct {
+	of   format.ID
+	name string
 }
 
 // mark looks in an order that makes it safe beside commits of this process:
@@ -127,7 +168,7 @@ func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
 			roots = append(roots, ref.ID)
 			p.named[ref.ID] = append(p.named[ref.ID], id)
 		}
-		p.strays = append(p.strays, s.manifestPath(id)+".tmp")
+		p.strays = append(p.strays, stray{id, s.manifestPath(id) + ".tmp"})
 	}
 	for _, id := range roots {
 		if err := ctx.Err(); err != nil {
@@ -152,7 +193,7 @@ func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
 func (s *Store) markCompacted(p *gcPlan) {
 	for _, id := range p.images {
 		for p.whole[id] {
-			p.strays = append(p.strays, s.compactionPath(id)+".tmp")
+			p.strays = append(p.strays, stray{id, s.compactionPath(id) + ".tmp"})
 			c, err := s.readCompaction(id)
 			if err != nil || c == nil || !c.built() || p.whole[c.To] {
 				break
@@ -216,11 +257,10 @@ func (s *Store) sweep(ctx context.Context, p *gcPlan, r *GCReport, dryRun bool) 
 				return err
 			}
 		}
-		r.Snapshots = append(r.Snapshots, id)
-		r.Bytes += n
+		r.add(GCSnapshot, id, n)
 	}
-	for _, name := range p.strays {
-		if err := s.sweepStray(name, r, dryRun); err != nil {
+	for _, f := range p.strays {
+		if err := s.sweepStray(f, r, dryRun); err != nil {
 			return err
 		}
 	}
@@ -275,19 +315,20 @@ func (s *Store) settleSwitch(id format.ID, p *gcPlan) error {
 
 // sweepStray removes a temporary file. Nobody is writing it: that is done under
 // the same lock as GC.
-func (s *Store) sweepStray(name string, r *GCReport, dryRun bool) error {
-	n, files, err := s.sizes(path.Dir(name), path.Base(name))
+func (s *Store) sweepStray(f stray, r *GCReport, dryRun bool) error {
+	dir := path.Dir(f.name)
+	n, files, err := s.sizes(dir, path.Base(f.name))
 	if err != nil || files == 0 {
 		return err
 	}
-	r.Bytes += n
+	r.add(GCFile, f.of, n)
 	if dryRun {
 		return nil
 	}
-	if err := s.fs.Remove(name); err != nil {
+	if err := s.fs.Remove(f.name); err != nil {
 		return err
 	}
-	return s.fs.SyncDir(path.Dir(name))
+	return s.fs.SyncDir(dir)
 }
 
 // sweepImage removes an image, or only its header when others read its blocks.
@@ -304,15 +345,14 @@ func (s *Store) sweepImage(id format.ID, keepData bool, r *GCReport, dryRun bool
 	if keepData && files == 0 {
 		return nil // they went before
 	}
-	r.Bytes += n
 	if keepData {
-		r.Headers = append(r.Headers, id)
+		r.add(GCHeader, id, n)
 		if dryRun {
 			return nil
 		}
 		return s.removeFiles(s.imageDir(id), names...)
 	}
-	r.Images = append(r.Images, id)
+	r.add(GCImage, id, n)
 	if dryRun {
 		return nil
 	}

@@ -28,6 +28,9 @@ func TestDeletingAParentKeepsTheChild(t *testing.T) {
 	if fmt.Sprint(dry) != fmt.Sprint(r) || len(r.Headers) != 1 || len(r.Images) != 0 || r.Bytes == 0 {
 		t.Fatalf("dry run %+v, real run %+v", dry, r)
 	}
+	if want := []GCItem{{GCHeader, m1.Memory.ID, r.Bytes}}; !slices.Equal(r.Items, want) {
+		t.Fatalf("items %+v, want %+v", r.Items, want)
+	}
 	if len(f.Files()) != len(before)-1 {
 		t.Fatalf("left %q", f.Files())
 	}

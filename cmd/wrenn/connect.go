@@ -47,18 +47,27 @@ func apiKey() (string, error) {
 	if key := os.Getenv("WRENN_API_KEY"); key != "" {
 		return key, nil
 	}
-	f, err := os.Open(keyFile())
+	key, err := keyIn(keyFile())
 	if err != nil {
-		return "", noKeyError{fmt.Errorf("no API key: WRENN_API_KEY is not set and %s %s", keyFile(), whyNot(err))}
+		return "", noKeyError{fmt.Errorf("no API key: WRENN_API_KEY is not set and %w", err)}
+	}
+	return key, nil
+}
+
+// keyIn reads a key file.
+func keyIn(name string) (string, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return "", fmt.Errorf("%s %s", name, whyNot(err))
 	}
 	defer f.Close()
 	b, err := io.ReadAll(io.LimitReader(f, 4096))
 	if err != nil {
-		return "", noKeyError{fmt.Errorf("no API key: reading %s: %w", keyFile(), err)}
+		return "", fmt.Errorf("%s cannot be read: %w", name, err)
 	}
 	key := strings.TrimSpace(string(b))
 	if key == "" {
-		return "", noKeyError{fmt.Errorf("no API key: WRENN_API_KEY is not set and %s is empty", keyFile())}
+		return "", fmt.Errorf("%s is empty", name)
 	}
 	return key, nil
 }

@@ -9,7 +9,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"git.omukk.dev/wrenn/sandbox/internal/engine"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
@@ -17,7 +16,8 @@ import (
 const storeLong = `Look after the store of a server on this machine.
 
 These commands read the state directory itself, so that they also help where no
-server can start.`
+server can start. Only gc asks the server where one runs: it alone knows what is
+under way.`
 
 func newStoreCmd() *cobra.Command {
 	cmd := groupCmd("store", "Verify, measure and clean the snapshot store of this machine")
@@ -173,48 +173,7 @@ func usageOf(store *snapshot.Store) ([]usageRow, error) {
 	return rows, nil
 }
 
-func newStoreGCCmd(dir *string) *cobra.Command {
-	var force bool
-	cmd := &cobra.Command{
-		Use: "gc", Short: "Free blocks that nothing needs",
-		Long: "Tell what nothing needs any more; with --yes free it. A running server does this by itself after each deletion, so --yes wants it ended.",
-		Args: args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if force {
-				lock, err := lockState(*dir)
-				if err != nil {
-					return err
-				}
-				defer lock.Close()
-			}
-			store, err := openStore(*dir, !force)
-			if err != nil {
-				return err
-			}
-			defer store.Close()
-			roots, err := engine.Roots(*dir)
-			if err != nil {
-				return err
-			}
-			r, err := store.GC(cmd.Context(), roots, !force)
-			if err != nil {
-				return err
-			}
-			o := outputOf(cmd)
-			if o.json {
-				return o.printJSON(map[string]any{"dry_run": !force, "snapshots": len(r.Snapshots), "images": len(r.Images), "headers": len(r.Headers), "bytes": r.Bytes})
-			}
-			what := "would be freed; --yes frees it"
-			if force {
-				what = "freed"
-			}
-			_, err = fmt.Fprintf(o.w, "%s in %d images and %d unfinished snapshots %s\n", mebibytes(r.Bytes), len(r.Images), len(r.Snapshots), what)
-			return err
-		},
-	}
-	cmd.Flags().BoolVar(&force, "yes", false, "free it, instead of telling what would be")
-	return cmd
-}
+var errStateTaken = errors.New("a wrenn server has it; end that, or choose another with --dir")
 
 // lockState takes a state directory for this process alone; the lock ends with
 // the file.
@@ -225,7 +184,10 @@ func lockState(dir string) (*os.File, error) {
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("a wrenn server has the state directory %s; end it, or choose another with --dir", dir)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = errStateTaken
+		}
+		return nil, fmt.Errorf("state directory %s: %w", dir, err)
 	}
 	return f, nil
 }

@@ -35,6 +35,9 @@ type Host interface {
 	DeleteSnapshot(ctx context.Context, name string) error
 	// ListSnapshots gives base templates and snapshots.
 	ListSnapshots(ctx context.Context) ([]Template, error)
+	// CollectGarbage frees what nothing needs, or tells what it would free;
+	// invalid_state while an operation of the host is in the way.
+	CollectGarbage(ctx context.Context, dryRun bool) (Garbage, error)
 
 	Exec(ctx context.Context, id string, r ExecRequest) (ExecResult, error)
 	// ExecStream starts a command; the first event is EventStart.

@@ -250,22 +250,3 @@ func (e *Engine) releaseStrangers(ctx context.Context) {
 		}
 	}
 }
-
-// sweep frees the blocks that nothing needs any more. Where a capture or a
-// start is under way it is left to a later one.
-func (e *Engine) sweep(ctx context.Context) error {
-	if !e.storeUse.TryLock() {
-		return nil
-	}
-	defer e.storeUse.Unlock()
-	var roots []format.ID
-	e.mu.Lock()
-	for _, sb := range e.sandboxes {
-		roots = append(roots, sb.journal().roots()...)
-	}
-	e.mu.Unlock()
-	if _, err := e.opts.Store.GC(ctx, roots, false); err != nil {
-		return fmt.Errorf("free unused blocks: %w", err)
-	}
-	return nil
-}

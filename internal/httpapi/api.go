@@ -96,6 +96,8 @@ func (a *api) routes(r chi.Router) {
 	r.Get("/snapshots", a.do(a.listSnapshots))
 	r.Get("/snapshots/{name}", a.do(a.getSnapshot))
 	r.Delete("/snapshots/{name}", a.do(a.deleteSnapshot))
+
+	r.Post("/store/gc", a.once(a.collectGarbage))
 }
 
 // probeTimeout bounds how long a health check waits.

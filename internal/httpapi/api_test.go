@@ -282,6 +282,7 @@ func TestEveryRoute(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 	s.want(t, "DELETE", "/v1/snapshots/warm-1", nil, 204)
+	s.want(t, "POST", "/v1/store/gc", m{"dry_run": true}, 200)
 
 	s.want(t, "POST", p+"/fork", m{"count": 2}, 201).decode(t, &list)
 	if len(list.Sandboxes) != 2 {

@@ -30,6 +30,7 @@ type Host struct {
 	overlaps  int
 	down      bool
 	dial      func(id string, port int) (net.Conn, error)
+	garbage   control.Garbage
 }
 
 type sandbox struct {

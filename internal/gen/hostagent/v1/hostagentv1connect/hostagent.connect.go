@@ -76,6 +76,9 @@ const (
 	// HostAgentServiceListSnapshotsProcedure is the fully-qualified name of the HostAgentService's
 	// ListSnapshots RPC.
 	HostAgentServiceListSnapshotsProcedure = "/hostagent.v1.HostAgentService/ListSnapshots"
+	// HostAgentServiceCollectGarbageProcedure is the fully-qualified name of the HostAgentService's
+	// CollectGarbage RPC.
+	HostAgentServiceCollectGarbageProcedure = "/hostagent.v1.HostAgentService/CollectGarbage"
 	// HostAgentServiceExecProcedure is the fully-qualified name of the HostAgentService's Exec RPC.
 	HostAgentServiceExecProcedure = "/hostagent.v1.HostAgentService/Exec"
 	// HostAgentServiceExecStreamProcedure is the fully-qualified name of the HostAgentService's
@@ -134,6 +137,10 @@ type HostAgentServiceClient interface {
 	// DeleteSnapshot removes the name; blocks that others need stay.
 	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error)
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
+	// CollectGarbage removes what no snapshot and no sandbox needs, or tells what
+	// it would remove. failed_precondition while an operation relies on images
+	// that nothing names yet; try again.
+	CollectGarbage(context.Context, *connect.Request[v1.CollectGarbageRequest]) (*connect.Response[v1.CollectGarbageResponse], error)
 	// Exec runs one command to its end and returns all its output.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ExecStream runs one command, or a terminal. The first message is start.
@@ -236,6 +243,12 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("ListSnapshots")),
 			connect.WithClientOptions(opts...),
 		),
+		collectGarbage: connect.NewClient[v1.CollectGarbageRequest, v1.CollectGarbageResponse](
+			httpClient,
+			baseURL+HostAgentServiceCollectGarbageProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("CollectGarbage")),
+			connect.WithClientOptions(opts...),
+		),
 		exec: connect.NewClient[v1.ExecRequest, v1.ExecResponse](
 			httpClient,
 			baseURL+HostAgentServiceExecProcedure,
@@ -312,6 +325,7 @@ type hostAgentServiceClient struct {
 	createSnapshot    *connect.Client[v1.CreateSnapshotRequest, v1.CreateSnapshotResponse]
 	deleteSnapshot    *connect.Client[v1.DeleteSnapshotRequest, v1.DeleteSnapshotResponse]
 	listSnapshots     *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
+	collectGarbage    *connect.Client[v1.CollectGarbageRequest, v1.CollectGarbageResponse]
 	exec              *connect.Client[v1.ExecRequest, v1.ExecResponse]
 	execStream        *connect.Client[v1.ExecStreamRequest, v1.ExecStreamResponse]
 	readFile          *connect.Client[v1.ReadFileRequest, v1.ReadFileResponse]
@@ -377,6 +391,11 @@ func (c *hostAgentServiceClient) DeleteSnapshot(ctx context.Context, req *connec
 // ListSnapshots calls hostagent.v1.HostAgentService.ListSnapshots.
 func (c *hostAgentServiceClient) ListSnapshots(ctx context.Context, req *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error) {
 	return c.listSnapshots.CallUnary(ctx, req)
+}
+
+// CollectGarbage calls hostagent.v1.HostAgentService.CollectGarbage.
+func (c *hostAgentServiceClient) CollectGarbage(ctx context.Context, req *connect.Request[v1.CollectGarbageRequest]) (*connect.Response[v1.CollectGarbageResponse], error) {
+	return c.collectGarbage.CallUnary(ctx, req)
 }
 
 // Exec calls hostagent.v1.HostAgentService.Exec.
@@ -457,6 +476,10 @@ type HostAgentServiceHandler interface {
 	// DeleteSnapshot removes the name; blocks that others need stay.
 	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error)
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
+	// CollectGarbage removes what no snapshot and no sandbox needs, or tells what
+	// it would remove. failed_precondition while an operation relies on images
+	// that nothing names yet; try again.
+	CollectGarbage(context.Context, *connect.Request[v1.CollectGarbageRequest]) (*connect.Response[v1.CollectGarbageResponse], error)
 	// Exec runs one command to its end and returns all its output.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ExecStream runs one command, or a terminal. The first message is start.
@@ -555,6 +578,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		connect.WithSchema(hostAgentServiceMethods.ByName("ListSnapshots")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentServiceCollectGarbageHandler := connect.NewUnaryHandler(
+		HostAgentServiceCollectGarbageProcedure,
+		svc.CollectGarbage,
+		connect.WithSchema(hostAgentServiceMethods.ByName("CollectGarbage")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentServiceExecHandler := connect.NewUnaryHandler(
 		HostAgentServiceExecProcedure,
 		svc.Exec,
@@ -639,6 +668,8 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServiceDeleteSnapshotHandler.ServeHTTP(w, r)
 		case HostAgentServiceListSnapshotsProcedure:
 			hostAgentServiceListSnapshotsHandler.ServeHTTP(w, r)
+		case HostAgentServiceCollectGarbageProcedure:
+			hostAgentServiceCollectGarbageHandler.ServeHTTP(w, r)
 		case HostAgentServiceExecProcedure:
 			hostAgentServiceExecHandler.ServeHTTP(w, r)
 		case HostAgentServiceExecStreamProcedure:
@@ -710,6 +741,10 @@ func (UnimplementedHostAgentServiceHandler) DeleteSnapshot(context.Context, *con
 
 func (UnimplementedHostAgentServiceHandler) ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.ListSnapshots is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) CollectGarbage(context.Context, *connect.Request[v1.CollectGarbageRequest]) (*connect.Response[v1.CollectGarbageResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.CollectGarbage is not implemented"))
 }
 
 func (UnimplementedHostAgentServiceHandler) Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error) {
