@@ -31,6 +31,10 @@ var pagerFigures = []struct {
 		func(t *pagerv1.Totals) float64 { return float64(t.GetPrefetch().GetMissedBytes()) }},
 	{prometheus.NewDesc("wrenn_pager_evicted_bytes_total", "Bytes of memory images given back when memory was short.", nil, nil), prometheus.CounterValue,
 		func(t *pagerv1.Totals) float64 { return float64(t.GetEvictedBytes()) }},
+	{prometheus.NewDesc("wrenn_pager_faults_total", "Page faults of guests served.", nil, nil), prometheus.CounterValue,
+		func(t *pagerv1.Totals) float64 { return float64(t.GetFaults()) }},
+	{prometheus.NewDesc("wrenn_pager_filled_bytes_total", "Bytes put into shared memory images and guests because of faults.", nil, nil), prometheus.CounterValue,
+		func(t *pagerv1.Totals) float64 { return float64(t.GetFilledBytes()) }},
 	{prometheus.NewDesc("wrenn_pager_shared_resident_bytes", "RAM of all shared memory images.", nil, nil), prometheus.GaugeValue,
 		func(t *pagerv1.Totals) float64 { return float64(t.GetSharedResidentBytes()) }},
 }

@@ -39,6 +39,7 @@ type stack struct {
 	engine  *engine.Engine
 	pool    *hostnet.Pool
 	keeper  *pager.Keeper
+	metrics *httpapi.Metrics
 	closers []func() error
 }
 
@@ -46,7 +47,7 @@ func (s *stack) push(f func() error) { s.closers = append(s.closers, f) }
 
 // newStack opens everything. Progress of a template build goes to w.
 func newStack(ctx context.Context, o upOptions, log *slog.Logger, w io.Writer) (_ *stack, err error) {
-	s := &stack{log: log}
+	s := &stack{log: log, metrics: httpapi.NewMetrics()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.closeAll())
@@ -196,7 +197,8 @@ func (s *stack) serveAgent(dir string) (hostagentv1connect.HostAgentServiceClien
 	}}
 	// Both ends are this machine: compressing what passes would only cost time.
 	return hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: transport}, "http://agent",
-		connectrpc.WithAcceptCompression("gzip", nil, nil)), nil
+		connectrpc.WithAcceptCompression("gzip", nil, nil),
+		connectrpc.WithInterceptors(connectrpc.UnaryInterceptorFunc(newOperationFigures(s.metrics.Registerer()).intercept))), nil
 }
 
 // openControl opens the database and starts the control plane.
@@ -212,10 +214,9 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	if err := control.EnsureAPIKey(ctx, db, filepath.Join(o.dir, "api-key")); err != nil {
 		return err
 	}
-	metrics := httpapi.NewMetrics()
-	metrics.Registerer().MustRegister(pagerCollector{s.keeper.Client()})
+	s.metrics.Registerer().MustRegister(pagerCollector{s.keeper.Client()}, hostCollector{s.pool, o.dir})
 	service := control.New(control.Options{
-		Store: db, Host: control.NewHost(client), Resolve: db.ResolveTemplate, Logger: s.log, Observe: metrics.ObserveOperation,
+		Store: db, Host: control.NewHost(client), Resolve: db.ResolveTemplate, Logger: s.log, Observe: s.metrics.ObserveOperation,
 	})
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var wg sync.WaitGroup
@@ -234,7 +235,9 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	if err != nil {
 		return err
 	}
-	api := httpapi.New(httpapi.Options{Service: service, Logger: s.log, Metrics: metrics, Limits: o.limits})
+	api := httpapi.New(httpapi.Options{
+		Service: service, Logger: s.log, Metrics: s.metrics, Limits: o.limits, Checks: s.checks(o.dir),
+	})
 	s.openTraffic(o, service, api, routes)
 	return nil
 }

@@ -107,29 +107,6 @@ func (s *Service) Run(ctx context.Context) error {
 	return nil
 }
 
-// Ready tells whether the store answers and the host's state has been taken in
-// once since the start.
-func (s *Service) Ready(ctx context.Context) error {
-	if err := s.store.Ping(ctx); err != nil {
-		return &Error{Code: CodeHostUnavailable, Message: "the database does not answer", Err: err}
-	}
-	if !s.reconciled.Load() {
-		return errorf(CodeHostUnavailable, "starting: the host's sandboxes have not been read yet")
-	}
-	return nil
-}
-
-// Healthy tells whether new work can be taken: Ready, and the host answers.
-func (s *Service) Healthy(ctx context.Context) error {
-	if err := s.Ready(ctx); err != nil {
-		return err
-	}
-	if _, err := s.host.Info(ctx); err != nil {
-		return &Error{Code: CodeHostUnavailable, Message: "the host agent does not answer", Err: err}
-	}
-	return nil
-}
-
 // Count gives the number of sandboxes by status.
 func (s *Service) Count(ctx context.Context) (map[Status]int, error) {
 	return s.store.CountSandboxes(ctx)

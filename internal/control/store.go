@@ -11,6 +11,8 @@ import (
 type Store interface {
 	// Ping tells whether the database answers.
 	Ping(ctx context.Context) error
+	// CheckWritable tells whether rows can be written now. It changes none.
+	CheckWritable(ctx context.Context) error
 
 	// CreateSandbox inserts s with version 1. ErrExists when the ID is taken,
 	// also by a stopped one.

@@ -224,6 +224,20 @@ func (p *Pool) ownerOf(n int) (string, error) {
 	return netnsOwner(p.home, ns)
 }
 
+// Levels are the numbers of a pool's slots, by what they are doing.
+type Levels struct {
+	Ready, Used, Building, Cleaning int
+	// Waiting are callers of Acquire for whom no slot is ready.
+	Waiting int
+}
+
+// Levels counts the slots now.
+func (p *Pool) Levels() Levels {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return Levels{len(p.ready), len(p.used), p.building, p.cleaning, len(p.waiters)}
+}
+
 var sandboxIDs = regexp.MustCompile(`^[a-z0-9]{1,64}$`)
 
 // Acquire returns a slot for the sandbox: a prepared one at once, or else one

@@ -1,7 +1,6 @@
 package httpapi
 
 import (
-	"context"
 	_ "embed"
 	"log/slog"
 	"net/http"
@@ -26,6 +25,8 @@ type Options struct {
 	Metrics *Metrics
 	// Limits bound what one API key may ask for.
 	Limits Limits
+	// Checks are asked by GET /readyz besides the service's own.
+	Checks []control.Check
 }
 
 type api struct {
@@ -56,8 +57,8 @@ func New(o Options) http.Handler {
 		return &control.Error{Code: control.CodeNotFound, Message: "there is no such path; GET /openapi.yaml lists them all"}
 	}))
 	r.MethodNotAllowed(a.methodNotAllowed)
-	r.Get("/healthz", a.do(a.probe(a.svc.Healthy)))
-	r.Get("/readyz", a.do(a.probe(a.svc.Ready)))
+	r.Get("/healthz", a.health(newHealth(a.svc.LiveChecks(), 0)))
+	r.Get("/readyz", a.health(newHealth(append(a.svc.ReadyChecks(), o.Checks...), readyFor)))
 	r.Method(http.MethodGet, "/metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
 	r.Get("/openapi.yaml", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/yaml")
@@ -98,20 +99,6 @@ func (a *api) routes(r chi.Router) {
 	r.Delete("/snapshots/{name}", a.do(a.deleteSnapshot))
 
 	r.Post("/store/gc", a.once(a.collectGarbage))
-}
-
-// probeTimeout bounds how long a health check waits.
-const probeTimeout = 3 * time.Second
-
-func (a *api) probe(check func(context.Context) error) handler {
-	return func(w http.ResponseWriter, r *http.Request) error {
-		ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
-		defer cancel()
-		if err := check(ctx); err != nil {
-			return err
-		}
-		return reply(w, http.StatusOK, map[string]string{"status": "ok"})
-	}
 }
 
 // pathID gives the sandbox ID of the path.

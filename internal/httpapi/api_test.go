@@ -30,6 +30,7 @@ type server struct {
 	svc     *control.Service
 	host    *controltest.Host
 	store   *store.DB
+	path    string // of the store's file
 	key     string
 	log     *slog.Logger
 	metrics *httpapi.Metrics
@@ -40,13 +41,14 @@ type server struct {
 
 func setup(t *testing.T) *server {
 	t.Helper()
-	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "wrenn.db"))
+	path := filepath.Join(t.TempDir(), "wrenn.db")
+	db, err := store.Open(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = db.Close() })
 	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
-	s := &server{host: controltest.NewHost(), store: db, answered: map[string]bool{}}
+	s := &server{host: controltest.NewHost(), store: db, path: path, answered: map[string]bool{}}
 	metrics := httpapi.NewMetrics()
 	s.svc = control.New(control.Options{Store: db, Host: s.host, Logger: log, Observe: metrics.ObserveOperation})
 	key, row := control.NewAPIKey("test")

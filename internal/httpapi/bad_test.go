@@ -225,7 +225,6 @@ func TestInternalErrorsAreWithheld(t *testing.T) {
 	}
 	s.host.SetDown(true)
 	s.want(t, "GET", "/healthz", nil, 503)
-	s.want(t, "GET", "/readyz", nil, 200)
 }
 
 // TestBodyCutShort sends less than it promised.

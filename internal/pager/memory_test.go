@@ -40,6 +40,11 @@ func TestSharedMemoryFromPrepareToRelease(t *testing.T) {
 		_, err := call(r.srv.GetStats, &pagerv1.GetStatsRequest{SandboxId: id})
 		wantCode(t, err, connect.CodeNotFound, id)
 	}
+	after, err := call(r.srv.GetStatus, &pagerv1.GetStatusRequest{})
+	must(t, err)
+	if was, now := s.Totals, after.Totals; was.Faults == 0 || was.FilledBytes != 3<<20 || now.Faults < was.Faults || now.FilledBytes != 3<<20 {
+		t.Errorf("totals %v while they ran, %v when they are gone", was, now)
+	}
 	if f := r.files(); len(f) != 0 {
 		t.Errorf("left behind: %v", f)
 	}

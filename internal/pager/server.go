@@ -82,8 +82,9 @@ type Server struct {
 // totals are bytes counted over all sandboxes.
 type totals struct{ aheadRead, aheadUsed, aheadMissed, evicted uint64 }
 
-func (t totals) message(resident int64) *pagerv1.Totals {
+func (t totals) message(resident int64, faults uffd.Stats) *pagerv1.Totals {
 	return &pagerv1.Totals{
+		Faults: faults.Faults, FilledBytes: faults.BytesFilled,
 		Prefetch:     &pagerv1.Prefetch{ReadBytes: t.aheadRead, UsedBytes: t.aheadUsed, MissedBytes: t.aheadMissed},
 		EvictedBytes: t.evicted, SharedResidentBytes: resident,
 	}
@@ -185,10 +186,10 @@ func (s *Server) settle(id string, g *guest) error {
 
 // GetStatus implements pager.v1.
 func (s *Server) GetStatus(context.Context, *connect.Request[pagerv1.GetStatusRequest]) (*connect.Response[pagerv1.GetStatusResponse], error) {
-	resident := s.images.resident()
+	resident, faults := s.images.resident(), s.faults.Totals()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := &pagerv1.GetStatusResponse{Pid: int32(os.Getpid()), Version: s.opts.Version, Totals: s.totals.message(resident)}
+	out := &pagerv1.GetStatusResponse{Pid: int32(os.Getpid()), Version: s.opts.Version, Totals: s.totals.message(resident, faults)}
 	for id := range s.guests {
 		out.Sandboxes = append(out.Sandboxes, id)
 	}

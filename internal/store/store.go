@@ -119,6 +119,20 @@ func (d *DB) Ping(ctx context.Context) error {
 	return d.db.QueryRowContext(ctx, "SELECT 1").Scan(&one)
 }
 
+// CheckWritable takes the right to write and gives it back: a database that is
+// read-only, or held by another, refuses.
+func (d *DB) CheckWritable(ctx context.Context) error {
+	tx, err := d.db.BeginTx(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("begin to write: %w", err)
+	}
+	_, err = tx.ExecContext(ctx, "DELETE FROM sandboxes WHERE id = ''") // nothing has no ID
+	if err != nil {
+		err = fmt.Errorf("write: %w", err)
+	}
+	return errors.Join(err, tx.Rollback())
+}
+
 // duplicate reports a violated primary key or unique constraint.
 func duplicate(err error) bool {
 	if e, ok := errors.AsType[*pgconn.PgError](err); ok {

@@ -44,6 +44,7 @@ type Server struct {
 	mu     sync.Mutex
 	closed bool
 	served map[string]*served
+	past   Stats // of attachments that are gone
 }
 
 type job struct {
@@ -141,6 +142,10 @@ func (s *Server) drop(v *served) {
 	v.file.SetReadDeadline(time.Unix(1, 0))
 	v.reader.Wait()
 	v.inflight.Wait()
+	st := v.stats()
+	s.mu.Lock()
+	s.past.add(st)
+	s.mu.Unlock()
 	v.file.Close()
 	v.Attachment.Close()
 }
@@ -180,11 +185,27 @@ func (s *Server) Stats(id string) (Stats, error) {
 	if err != nil {
 		return Stats{}, err
 	}
+	return v.stats(), nil
+}
+
+// Totals adds up what was done for all attachments, those that are gone
+// included. One that is being removed may be missing for a moment.
+func (s *Server) Totals() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.past
+	for _, v := range s.served {
+		t.add(v.stats())
+	}
+	return t
+}
+
+func (v *served) stats() Stats {
 	st := v.counters.snapshot()
 	if v.pages != nil {
 		st.Removed = uint64(v.pages.Removed())
 	}
-	return st, nil
+	return st
 }
 
 // Touched gives the clusters of data in which an attachment faulted, in the

@@ -26,6 +26,19 @@ type Stats struct {
 	ServiceTime [timeBuckets]uint64 `json:"service_time_log2_us"`
 }
 
+func (s *Stats) add(o Stats) {
+	s.Faults += o.Faults
+	s.DataFaults += o.DataFaults
+	s.Hits += o.Hits
+	s.ZeroFaults += o.ZeroFaults
+	s.BytesFilled += o.BytesFilled
+	s.Removed += o.Removed
+	s.Retries += o.Retries
+	for i, n := range o.ServiceTime {
+		s.ServiceTime[i] += n
+	}
+}
+
 type counters struct {
 	faults, dataFaults, hits, zeroFaults, bytesFilled, retries atomic.Uint64
 	serviceTime                                                [timeBuckets]atomic.Uint64

@@ -73,6 +73,7 @@ func same(t *testing.T, got, want any) {
 func sandboxRoundTrip(t *testing.T, s control.Store) {
 	ctx := t.Context()
 	must(t, s.Ping(ctx))
+	must(t, s.CheckWritable(ctx))
 	_, err := s.GetSandbox(ctx, "a1")
 	want(t, err, control.ErrNotFound)
 	sb := sample("a1")

@@ -193,8 +193,11 @@ type Totals struct {
 	EvictedBytes uint64                 `protobuf:"varint,2,opt,name=evicted_bytes,json=evictedBytes,proto3" json:"evicted_bytes,omitempty"`
 	// RAM of all shared images now.
 	SharedResidentBytes int64 `protobuf:"varint,3,opt,name=shared_resident_bytes,json=sharedResidentBytes,proto3" json:"shared_resident_bytes,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Page faults served, and bytes put into shared images and VMs for them.
+	Faults        uint64 `protobuf:"varint,4,opt,name=faults,proto3" json:"faults,omitempty"`
+	FilledBytes   uint64 `protobuf:"varint,5,opt,name=filled_bytes,json=filledBytes,proto3" json:"filled_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Totals) Reset() {
@@ -244,6 +247,20 @@ func (x *Totals) GetEvictedBytes() uint64 {
 func (x *Totals) GetSharedResidentBytes() int64 {
 	if x != nil {
 		return x.SharedResidentBytes
+	}
+	return 0
+}
+
+func (x *Totals) GetFaults() uint64 {
+	if x != nil {
+		return x.Faults
+	}
+	return 0
+}
+
+func (x *Totals) GetFilledBytes() uint64 {
+	if x != nil {
+		return x.FilledBytes
 	}
 	return 0
 }
@@ -1257,11 +1274,13 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1c\n" +
 	"\tsandboxes\x18\x03 \x03(\tR\tsandboxes\x12(\n" +
-	"\x06totals\x18\x04 \x01(\v2\x10.pager.v1.TotalsR\x06totals\"\x91\x01\n" +
+	"\x06totals\x18\x04 \x01(\v2\x10.pager.v1.TotalsR\x06totals\"\xcc\x01\n" +
 	"\x06Totals\x12.\n" +
 	"\bprefetch\x18\x01 \x01(\v2\x12.pager.v1.PrefetchR\bprefetch\x12#\n" +
 	"\revicted_bytes\x18\x02 \x01(\x04R\fevictedBytes\x122\n" +
-	"\x15shared_resident_bytes\x18\x03 \x01(\x03R\x13sharedResidentBytes\"k\n" +
+	"\x15shared_resident_bytes\x18\x03 \x01(\x03R\x13sharedResidentBytes\x12\x16\n" +
+	"\x06faults\x18\x04 \x01(\x04R\x06faults\x12!\n" +
+	"\ffilled_bytes\x18\x05 \x01(\x04R\vfilledBytes\"k\n" +
 	"\bPrefetch\x12\x1d\n" +
 	"\n" +
 	"read_bytes\x18\x01 \x01(\x04R\treadBytes\x12\x1d\n" +
