@@ -6,9 +6,6 @@ import (
 	"slices"
 	"sync"
 
-	"connectrpc.com/connect"
-
-	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
@@ -65,8 +62,7 @@ func (e *Engine) compact(ctx context.Context, id format.ID) {
 	}
 	if err == nil && r.To != id {
 		// New clones share the new image, so the old one need not be kept warm.
-		_, err = e.opts.Pager.DropImage(ctx, connect.NewRequest(&pagerv1.DropImageRequest{ImageId: id.String()}))
-		err = errors.Join(err, e.sweep(ctx))
+		err = errors.Join(e.dropImage(ctx, id), e.sweep(ctx))
 	}
 	if err != nil {
 		e.log.Error("an image was not compacted, or what it had needed not freed", "image", id.String(), "err", err)

@@ -2,8 +2,12 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
+	"connectrpc.com/connect"
+
+	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
@@ -43,5 +47,21 @@ func (e *Engine) collect(ctx context.Context, dryRun bool) (snapshot.GCReport, e
 	if err != nil {
 		return r, fmt.Errorf("free unused blocks: %w", err)
 	}
-	return r, nil
+	if dryRun {
+		return r, nil
+	}
+	for _, id := range append(r.Images, r.Headers...) {
+		err = errors.Join(err, e.dropImage(ctx, id))
+	}
+	return r, err
+}
+
+// dropImage has the pager forget an image that no new sandbox starts from, and
+// what it learned of its starts.
+func (e *Engine) dropImage(ctx context.Context, id format.ID) error {
+	_, err := e.opts.Pager.DropImage(ctx, connect.NewRequest(&pagerv1.DropImageRequest{ImageId: id.String()}))
+	if err != nil {
+		return fmt.Errorf("have the pager forget image %s: %w", id, err)
+	}
+	return nil
 }

@@ -174,7 +174,7 @@ func (e *Engine) Pause(ctx context.Context, id string) (Info, Stats, error) {
 		return Info{}, Stats{}, fmt.Errorf("pause sandbox %s: %w", id, err)
 	}
 	done := ph.part("release")
-	err = e.finishPause(ctx, sb, c.manifest.ID, c.manifest.Generation)
+	err = e.finishPause(ctx, sb, c.manifest)
 	done()
 	if err != nil {
 		// The state is safe; what stayed behind is the next start's to clear.
@@ -217,27 +217,28 @@ func (e *Engine) freeze(ctx context.Context, sb *sandbox, kind string, name stri
 
 // finishPause is what remains once the manifest is committed. It can be run
 // again after a crash.
-func (e *Engine) finishPause(ctx context.Context, sb *sandbox, manifest format.ID, generation uint64) error {
-	if err := e.endRun(ctx, sb); err != nil {
+func (e *Engine) finishPause(ctx context.Context, sb *sandbox, m snapshot.Manifest) error {
+	if err := e.endRun(ctx, sb, m.Memory.ID); err != nil {
 		return err
 	}
 	old := sb.journal().Manifest
 	err := sb.update(func(j *journal) {
-		j.State, j.Manifest, j.Generation = Paused, manifest, generation
+		j.State, j.Manifest, j.Generation = Paused, m.ID, m.Generation
 		j.Pending, j.Run, j.StartedAt, j.Error = format.ID{}, nil, nil, ""
 	})
 	if err != nil {
 		return err
 	}
-	if old != (format.ID{}) && old != manifest {
+	if old != (format.ID{}) && old != m.ID {
 		err = e.opts.Store.Delete(ctx, old)
 	}
 	return errors.Join(err, e.sweep(ctx))
 }
 
 // endRun kills the VM and releases all that its run holds. While the VM
-// cannot be killed everything stays, so that it can be tried again.
-func (e *Engine) endRun(ctx context.Context, sb *sandbox) error {
+// cannot be killed everything stays, so that it can be tried again. The
+// successor is as in stopServing.
+func (e *Engine) endRun(ctx context.Context, sb *sandbox, successor format.ID) error {
 	r := sb.current()
 	if r == nil {
 		return nil
@@ -249,7 +250,7 @@ func (e *Engine) endRun(ctx context.Context, sb *sandbox) error {
 	}
 	r.guest.close() // a dead guest says nothing, not even good-bye
 	// Only a dead VM may lose its page-fault server.
-	err := errors.Join(e.stopServing(ctx, sb), r.slot.Release(ctx))
+	err := errors.Join(e.stopServing(ctx, sb, successor), r.slot.Release(ctx))
 	r.letGo()
 	sb.setRun(nil)
 	return err
@@ -324,11 +325,13 @@ func (e *Engine) Destroy(ctx context.Context, id string) error {
 
 // finishDestroy can be run again after a crash.
 func (e *Engine) finishDestroy(ctx context.Context, sb *sandbox) error {
-	end := e.endRun
-	if sb.current() == nil {
-		end = e.endLeftover // a VM that could not be taken over
+	var err error
+	if sb.current() != nil {
+		err = e.endRun(ctx, sb, format.ID{})
+	} else {
+		err = e.endLeftover(ctx, sb) // a VM that could not be taken over
 	}
-	if err := end(ctx, sb); err != nil {
+	if err != nil {
 		return fmt.Errorf("destroy sandbox %s: %w", sb.id(), err)
 	}
 	if m := sb.journal().Manifest; m != (format.ID{}) {
@@ -486,7 +489,7 @@ func (e *Engine) machineDied(sb *sandbox, r *run) {
 		reason = fatal
 	}
 	err := errors.Join(
-		e.endRun(ctx, sb),
+		e.endRun(ctx, sb, format.ID{}),
 		sb.update(func(j *journal) { j.State, j.Error, j.Run, j.StartedAt = Failed, reason.Error(), nil, nil }),
 	)
 	if err != nil {

@@ -100,7 +100,7 @@ func (e *Engine) recoverOne(ctx context.Context, sb *sandbox) error {
 		return e.finishDestroy(ctx, sb)
 	case Pausing:
 		if m, err := e.opts.Store.Manifest(j.Pending); err == nil {
-			return errors.Join(e.endLeftover(ctx, sb), e.finishPause(ctx, sb, m.ID, m.Generation))
+			return errors.Join(e.endLeftover(ctx, sb), e.finishPause(ctx, sb, m))
 		}
 		return e.takeOver(ctx, sb)
 	case Running:
@@ -198,7 +198,7 @@ func (e *Engine) endLeftover(ctx context.Context, sb *sandbox) error {
 	if err := e.killLeftover(ctx, sb, j.Run); err != nil {
 		return err
 	}
-	errs := []error{e.stopServing(ctx, sb)}
+	errs := []error{e.stopServing(ctx, sb, format.ID{})}
 	slot, err := e.opts.Network.Adopt(ctx, sb.id(), j.Run.Slot)
 	switch {
 	case err == nil:
@@ -245,7 +245,7 @@ func (e *Engine) releaseStrangers(ctx context.Context) {
 			continue // its journal cannot be read: touch nothing of it
 		}
 		stranger := &sandbox{dir: e.sandboxDir(id)}
-		if err := e.stopServing(ctx, stranger); err != nil {
+		if err := e.stopServing(ctx, stranger, format.ID{}); err != nil {
 			e.log.Error("the pager keeps serving a sandbox that is gone", "sandbox", id, "err", err)
 		}
 	}

@@ -216,7 +216,7 @@ func (e *Engine) prepare(ctx context.Context, sb *sandbox, rec *runRecord, keepW
 	})
 	// Pushed before the outcome is known: the pager may have done what it did
 	// not get to say, and releasing what is not there is fine.
-	c.push(func(ctx context.Context) error { return e.stopServing(ctx, sb) })
+	c.push(func(ctx context.Context) error { return e.stopServing(ctx, sb, format.ID{}) })
 	if err := g.Wait(); err != nil {
 		if memory != nil {
 			memory.Close()
@@ -258,9 +258,13 @@ func newMemory(id string, mb int) (*os.File, error) {
 }
 
 // stopServing ends the pager's service and removes the overlay. The VM must
-// be dead.
-func (e *Engine) stopServing(ctx context.Context, sb *sandbox) error {
-	_, err := e.opts.Pager.ReleaseMemory(ctx, connect.NewRequest(&pagerv1.ReleaseMemoryRequest{SandboxId: sb.id()}))
+// be dead. The successor is the memory image that it was paused to, or zero.
+func (e *Engine) stopServing(ctx context.Context, sb *sandbox, successor format.ID) error {
+	req := &pagerv1.ReleaseMemoryRequest{SandboxId: sb.id()}
+	if !successor.IsZero() {
+		req.SuccessorImageId = successor.String()
+	}
+	_, err := e.opts.Pager.ReleaseMemory(ctx, connect.NewRequest(req))
 	if err != nil {
 		err = fmt.Errorf("release the memory: %w", err)
 	}

@@ -8,9 +8,6 @@ import (
 	"os"
 	"sort"
 
-	"connectrpc.com/connect"
-
-	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
@@ -177,7 +174,7 @@ func (e *Engine) DeleteSnapshot(ctx context.Context, name string) error {
 	}
 	var err error
 	if merr == nil {
-		_, err = e.opts.Pager.DropImage(ctx, connect.NewRequest(&pagerv1.DropImageRequest{ImageId: m.Memory.ID.String()}))
+		err = e.dropImage(ctx, m.Memory.ID)
 	}
 	return errors.Join(err, e.sweep(ctx))
 }

@@ -223,6 +223,22 @@ func (s *Server) learn(id string, m *memory) {
 	}
 }
 
+// passOn gives what starts of an image need to the one that was captured from
+// it: the older may be removed before the younger was ever started.
+func (s *Server) passOn(from *image, to format.ID) {
+	if to.IsZero() || from.source == nil {
+		return
+	}
+	size := s.faults.ClusterSize()
+	clusters, err := s.orders.load(from.id, from.source.Header().Parent, size)
+	if err == nil && len(clusters) > 0 {
+		err = s.orders.save(uffd.Order{Image: to, ClusterSize: size, Clusters: clusters})
+	}
+	if err != nil {
+		s.log.Warn("what starts need is not passed on", "image", to, "err", err)
+	}
+}
+
 // judge tells what of the read ahead was used, and counts.
 func (s *Server) judge(id string, a *ahead, touched []uint32) ([]uint32, error) {
 	<-a.done

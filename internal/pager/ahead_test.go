@@ -92,6 +92,27 @@ func TestColdStartsAreReadAhead(t *testing.T) {
 	}
 }
 
+// A pause passes the order on, so that the older image may go with its own.
+func TestAPausePassesTheOrderOn(t *testing.T) {
+	r := newRig(t, 64)
+	v := r.shared("a")
+	r.peek(v, 7, 3)
+	v.kill()
+	successor := format.ID{9}
+	_, err := call(r.srv.ReleaseMemory, &pagerv1.ReleaseMemoryRequest{SandboxId: "a", SuccessorImageId: successor.String()})
+	must(t, err)
+	_, err = call(r.srv.DropImage, &pagerv1.DropImageRequest{ImageId: r.image.String()})
+	must(t, err)
+	got, err := r.srv.orders.load(successor, r.image, cluster)
+	if err != nil || !slices.Equal(got, []uint32{7, 3}) {
+		t.Errorf("the successor's order is %v, %v", got, err)
+	}
+	_, err = call(r.srv.ReleaseMemory, &pagerv1.ReleaseMemoryRequest{SandboxId: "a", SuccessorImageId: "?"})
+	if connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Errorf("a successor that is no ID: %v", err)
+	}
+}
+
 func TestDamagedOrderIsAsIfLost(t *testing.T) {
 	r := newRig(t, 2)
 	must(t, r.srv.orders.save(uffd.Order{Image: r.image, ClusterSize: cluster, Clusters: []uint32{1, 2}}))

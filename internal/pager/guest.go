@@ -136,6 +136,13 @@ func (s *Server) AttachMemory(ctx context.Context, req *connect.Request[pagerv1.
 // ReleaseMemory implements pager.v1.
 func (s *Server) ReleaseMemory(_ context.Context, req *connect.Request[pagerv1.ReleaseMemoryRequest]) (*connect.Response[pagerv1.ReleaseMemoryResponse], error) {
 	id := req.Msg.SandboxId
+	var successor format.ID
+	if to := req.Msg.SuccessorImageId; to != "" {
+		var err error
+		if successor, err = parseImageID(to); err != nil {
+			return nil, err
+		}
+	}
 	g, err := s.guestFor(id)
 	if err != nil {
 		return nil, err
@@ -151,6 +158,7 @@ func (s *Server) ReleaseMemory(_ context.Context, req *connect.Request[pagerv1.R
 	}
 	if g.memory != nil {
 		s.learn(id, g.memory)
+		s.passOn(g.memory.image, successor)
 		if g.memory.attached != nil {
 			if err := s.faults.Remove(id); err != nil {
 				return nil, wireError(err)

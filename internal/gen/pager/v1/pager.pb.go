@@ -577,10 +577,13 @@ func (x *AttachMemoryResponse) GetLength() int64 {
 }
 
 type ReleaseMemoryRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// The memory image that the sandbox was paused to, or nothing: its next start
+	// needs about what this one needed, and this one's image may soon be gone.
+	SuccessorImageId string `protobuf:"bytes,2,opt,name=successor_image_id,json=successorImageId,proto3" json:"successor_image_id,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *ReleaseMemoryRequest) Reset() {
@@ -616,6 +619,13 @@ func (*ReleaseMemoryRequest) Descriptor() ([]byte, []int) {
 func (x *ReleaseMemoryRequest) GetSandboxId() string {
 	if x != nil {
 		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *ReleaseMemoryRequest) GetSuccessorImageId() string {
+	if x != nil {
+		return x.SuccessorImageId
 	}
 	return ""
 }
@@ -1305,10 +1315,11 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\x03pid\x18\x02 \x01(\x05R\x03pid\"H\n" +
 	"\x14AttachMemoryResponse\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\x04R\aaddress\x12\x16\n" +
-	"\x06length\x18\x02 \x01(\x03R\x06length\"5\n" +
+	"\x06length\x18\x02 \x01(\x03R\x06length\"c\n" +
 	"\x14ReleaseMemoryRequest\x12\x1d\n" +
 	"\n" +
-	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x17\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12,\n" +
+	"\x12successor_image_id\x18\x02 \x01(\tR\x10successorImageId\"\x17\n" +
 	"\x15ReleaseMemoryResponse\"\x90\x01\n" +
 	"\x10ServeDiskRequest\x12\x1d\n" +
 	"\n" +
