@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -69,12 +70,39 @@ func printFindings(o output, findings []finding) error {
 }
 
 func examine(ctx context.Context, dir string) []finding {
-	out := []finding{checkRoot(), checkProgram("qemu-system-x86_64", "qemu-system-x86", "bad"),
+	out := []finding{checkRoot(), checkProgram(qemuProgram, "qemu-system-x86", "bad"),
 		checkProgram("mmdebstrap", "mmdebstrap", "note"), checkProgram("mke2fs", "e2fsprogs", "note")}
 	out = append(out, checkAccelerator(ctx, dir), checkUserfaultfd(), checkDevice("/dev/net/tun", "tap devices", "modprobe tun; in a container pass --device /dev/net/tun"))
 	out = append(out, checkFirecracker(ctx, dir)...)
+	excuseQEMU(out)
 	return append(out, checkNamespace(), checkMemory(), checkDisk(dir))
 }
+
+// excuseQEMU: where Firecracker runs VMs, QEMU is not needed.
+func excuseQEMU(all []finding) {
+	for _, f := range all {
+		if f.Check == firecrackerKVM && f.Status != "ok" || f.Check == nbdDevices && f.Status != "ok" {
+			return
+		}
+	}
+	if !slices.ContainsFunc(all, func(f finding) bool { return f.Check == firecrackerKVM }) {
+		return
+	}
+	for i := range all {
+		if f := &all[i]; f.Status == "bad" && (f.Check == qemuProgram || f.Check == acceleration) {
+			f.Status = "note"
+			f.Found += "; VMs run by Firecracker"
+		}
+	}
+}
+
+// Checks that others depend on.
+const (
+	qemuProgram    = "qemu-system-x86_64"
+	acceleration   = "acceleration"
+	firecrackerKVM = "firecracker on KVM"
+	nbdDevices     = "block devices (nbd)"
+)
 
 func checkRoot() finding {
 	if os.Geteuid() == 0 {
@@ -106,22 +134,22 @@ func lookPath(name string) (string, error) {
 func checkAccelerator(ctx context.Context, dir string) finding {
 	kernels, _ := filepath.Glob(filepath.Join(cacheDir(dir), "templates", "base", "*", "vmlinuz"))
 	if len(kernels) == 0 {
-		return finding{"acceleration", "note", "unknown: only a boot of the guest's kernel proves KVM, and there is no template yet", "wrenn template build"}
+		return finding{acceleration, "note", "unknown: only a boot of the guest's kernel proves KVM, and there is no template yet", "wrenn template build"}
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	info, err := qemu.New(qemu.Options{ProbeKernel: kernels[0], ProbeCache: kvmVerdict(dir)}).Probe(ctx)
 	if err != nil {
-		return finding{"acceleration", "bad", err.Error(), ""}
+		return finding{acceleration, "bad", err.Error(), ""}
 	}
 	found := info.Accel
 	if len(info.Remarks) > 0 {
 		found += ": " + strings.Join(info.Remarks, "; ")
 	}
 	if info.Accel == "kvm" {
-		return finding{"acceleration", "ok", found, ""}
+		return finding{acceleration, "ok", found, ""}
 	}
-	return finding{"acceleration", "note", found, "sandboxes run by emulation, several times slower; a host with KVM that boots the guest's kernel would be faster"}
+	return finding{acceleration, "note", found, "sandboxes run by emulation, several times slower; a host with KVM that boots the guest's kernel would be faster"}
 }
 
 func checkUserfaultfd() finding {

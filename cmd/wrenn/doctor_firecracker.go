@@ -18,9 +18,9 @@ func checkFirecracker(ctx context.Context, dir string) []finding {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	out := []finding{checkFirecrackerPrograms(ctx)}
-	nbd := finding{"block devices (nbd)", "ok", "the kernel's NBD client answers", ""}
+	nbd := finding{nbdDevices, "ok", "the kernel's NBD client answers", ""}
 	if d, err := kernelnbd.Open("", slog.New(slog.NewTextHandler(io.Discard, nil))); err != nil {
-		nbd = finding{"block devices (nbd)", "note", err.Error(), "modprobe nbd, and nbd in /etc/modules-load.d, for Firecracker; QEMU does without"}
+		nbd = finding{nbdDevices, "note", err.Error(), "modprobe nbd, and nbd in /etc/modules-load.d, for Firecracker; QEMU does without"}
 	} else {
 		d.Close()
 	}
@@ -40,7 +40,7 @@ func checkFirecrackerPrograms(ctx context.Context) finding {
 }
 
 func checkFirecrackerKVM(ctx context.Context, dir string) finding {
-	const what = "firecracker on KVM"
+	const what = firecrackerKVM
 	kernels, _ := filepath.Glob(filepath.Join(cacheDir(dir), "templates", "base", "*", "vmlinuz"))
 	if len(kernels) == 0 {
 		return finding{what, "note", "unknown: only a boot of the guest's kernel proves it, and there is no template yet", "wrenn template build"}
@@ -49,7 +49,9 @@ func checkFirecrackerKVM(ctx context.Context, dir string) finding {
 	if err != nil {
 		return finding{what, "note", err.Error(), "wrenn template build"}
 	}
-	info, err := firecracker.New(firecracker.Options{ProbeKernel: vmlinux, ProbeCache: firecrackerVerdict(dir)}).Probe(ctx)
+	info, err := firecracker.New(firecracker.Options{
+		ProbeKernel: vmlinux, ProbeCache: firecrackerVerdict(dir), UID: defaultVMMUser, GID: defaultVMMUser,
+	}).Probe(ctx)
 	if err != nil {
 		return finding{what, "note", err.Error(), "sandboxes run on QEMU; Firecracker needs a host whose KVM boots the guest's kernel"}
 	}

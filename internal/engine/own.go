@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"connectrpc.com/connect"
 
@@ -107,6 +108,23 @@ func (e *Engine) captureOwnMemory(ctx context.Context, r *run, txn *snapshot.Txn
 	}
 	scan := func(yield func(off, n int64) error) error { return scanFile(f, size, yield) }
 	return e.writeImage(ctx, size, mapped, j.Run.LastMemory, pagesOf(f, scan))
+}
+
+// ownMemoryOf is the anonymous memory of a VMM, bytes: that of its guest and a
+// little of its own.
+func ownMemoryOf(pid int) (int64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, fmt.Errorf("ask for the VM's memory: %w", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "RssAnon:"); ok {
+			var kb int64
+			_, err := fmt.Sscan(v, &kb)
+			return kb << 10, err
+		}
+	}
+	return 0, fmt.Errorf("the kernel does not tell the memory of process %d", pid)
 }
 
 // fits tells, for the user, whether this host can restore a manifest's state.

@@ -38,16 +38,27 @@ func (e *Engine) Usage(ctx context.Context, id string) (Usage, error) {
 	u := Usage{At: e.opts.Now()}
 	count := func(_, n int64) error { u.PrivateMemory += n; return nil }
 	size := int64(j.MemoryMB) << 20
-	if j.Run.RAMAddr == 0 {
+	switch {
+	case e.ownMemory():
+		n, err := ownMemoryOf(r.machine.PID())
+		if err != nil {
+			return u, err
+		}
+		u.PrivateMemory = min(n, size)
+		if j.Run.MemoryImage.IsZero() { // booted: nobody serves it
+			return u, nil
+		}
+	case j.Run.RAMAddr == 0:
 		f, err := os.Open(fmt.Sprintf("/proc/%d/fd/%d", r.machine.PID(), r.machine.MemoryFD()))
 		if err != nil {
 			return u, fmt.Errorf("open the guest's memory: %w", err)
 		}
 		defer f.Close()
 		return u, scanFile(f, size, count)
-	}
-	if err := uffd.ScanDirty(r.machine.PID(), uintptr(j.Run.RAMAddr), size, count); err != nil {
-		return u, fmt.Errorf("count private pages: %w", err)
+	default:
+		if err := uffd.ScanDirty(r.machine.PID(), uintptr(j.Run.RAMAddr), size, count); err != nil {
+			return u, fmt.Errorf("count private pages: %w", err)
+		}
 	}
 	st, err := e.opts.Pager.GetStats(ctx, connect.NewRequest(&pagerv1.GetStatsRequest{SandboxId: id}))
 	if err != nil {

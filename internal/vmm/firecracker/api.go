@@ -16,8 +16,10 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-// Limits of the conversation. Saving writes all the memory that changed, and
-// loading may fault pages in from a slow store.
+// limits bound the waits for an answer. Saving writes all the memory that
+// changed, and loading may fault pages in from a slow store.
+type limits struct{ call, save time.Duration }
+
 const (
 	callLimit = 30 * time.Second
 	saveLimit = 5 * time.Minute
@@ -30,11 +32,12 @@ type api struct {
 	// pid is who must answer: the socket lies where the jailed process can
 	// replace it. 0: whoever does.
 	pid  int
+	lim  limits
 	http *http.Client
 }
 
-func newAPI(path string, pid int) *api {
-	a := &api{path: path, pid: pid}
+func newAPI(path string, pid int, lim limits) *api {
+	a := &api{path: path, pid: pid, lim: lim}
 	a.http = &http.Client{Transport: &http.Transport{
 		DialContext: a.dial, MaxIdleConns: 1, DisableCompression: true,
 	}}
@@ -116,12 +119,12 @@ func (a *api) exchange(ctx context.Context, method, path string, body, answer an
 		if ctx.Err() != nil {
 			return fmt.Errorf("no answer: %w", ctx.Err())
 		}
-		return err
+		return fmt.Errorf("%w: %w", errBroken, err)
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
 	if err != nil {
-		return fmt.Errorf("reading the answer: %w", err)
+		return fmt.Errorf("%w: reading the answer: %w", errBroken, err)
 	}
 	if res.StatusCode >= 300 {
 		var fault struct {
@@ -141,10 +144,13 @@ func (a *api) exchange(ctx context.Context, method, path string, body, answer an
 	return nil
 }
 
+// errBroken: there is no connection, or not any more.
+var errBroken = errors.New("the connection broke")
+
 type object map[string]any
 
 func (a *api) put(ctx context.Context, path string, body object) error {
-	return a.call(ctx, callLimit, http.MethodPut, path, body, nil)
+	return a.call(ctx, a.lim.call, http.MethodPut, path, body, nil)
 }
 
 // version asks who is there: the first call of every conversation.
@@ -152,7 +158,7 @@ func (a *api) version(ctx context.Context) (version, error) {
 	var v struct {
 		Version string `json:"firecracker_version"`
 	}
-	if err := a.call(ctx, callLimit, http.MethodGet, "/version", nil, &v); err != nil {
+	if err := a.call(ctx, a.lim.call, http.MethodGet, "/version", nil, &v); err != nil {
 		return version{}, err
 	}
 	got, err := parseVersion(numbers.FindSubmatch([]byte(v.Version)))
@@ -174,7 +180,7 @@ func (a *api) spec(ctx context.Context) (s vmm.Spec, err error) {
 		VCPUs    int `json:"vcpu_count"`
 		MemoryMB int `json:"mem_size_mib"`
 	}
-	err = a.call(ctx, callLimit, http.MethodGet, "/machine-config", nil, &c)
+	err = a.call(ctx, a.lim.call, http.MethodGet, "/machine-config", nil, &c)
 	return vmm.Spec{VCPUs: c.VCPUs, MemoryMB: c.MemoryMB}, err
 }
 
@@ -208,7 +214,7 @@ func (a *api) state(ctx context.Context) (string, error) {
 	var s struct {
 		State string `json:"state"`
 	}
-	err := a.call(ctx, callLimit, http.MethodGet, "/", nil, &s)
+	err := a.call(ctx, a.lim.call, http.MethodGet, "/", nil, &s)
 	return s.State, err
 }
 
@@ -219,17 +225,17 @@ func (a *api) become(ctx context.Context, state string) error {
 		return err
 	}
 	verb := map[string]string{"Running": "Resumed", "Paused": "Paused"}[state]
-	return a.call(ctx, callLimit, http.MethodPatch, "/vm", object{"state": verb}, nil)
+	return a.call(ctx, a.lim.call, http.MethodPatch, "/vm", object{"state": verb}, nil)
 }
 
 func (a *api) save(ctx context.Context, kind, state, memory string) error {
-	return a.call(ctx, saveLimit, http.MethodPut, "/snapshot/create", object{
+	return a.call(ctx, a.lim.save, http.MethodPut, "/snapshot/create", object{
 		"snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory,
 	}, nil)
 }
 
 func (a *api) load(ctx context.Context, v version, state, backend, path string) error {
-	return a.call(ctx, saveLimit, http.MethodPut, "/snapshot/load", object{
+	return a.call(ctx, a.lim.save, http.MethodPut, "/snapshot/load", object{
 		"snapshot_path": state, v.dirtyField(): true, "resume_vm": false,
 		"mem_backend": object{"backend_type": backend, "backend_path": path},
 	}, nil)
@@ -238,7 +244,7 @@ func (a *api) load(ctx context.Context, v version, state, backend, path string) 
 // await asks for the version until somebody answers: the socket appears some
 // milliseconds after the process, without an event.
 func (a *api) await(ctx context.Context, ended <-chan struct{}) (version, error) {
-	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	ctx, cancel := context.WithTimeout(ctx, a.lim.call)
 	defer cancel()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()

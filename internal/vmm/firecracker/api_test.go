@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,13 +15,19 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/firecracker/fctest"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
 // TestAPIOnFake and TestVMAPI run the same conversation with the fake server
 // and with Firecracker, so that the fake stays like it.
 func TestAPIOnFake(t *testing.T) {
-	testAPI(t, newAPI(newFake(t, "1.12.1").socket, os.Getpid()))
+	dir := t.TempDir()
+	kernel := filepath.Join(dir, "vmlinux")
+	if err := os.WriteFile(kernel, []byte("a kernel"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	testAPI(t, newAPI(serveFake(t, "1.12.1"), os.Getpid(), testLimits), kernel)
 }
 
 func TestVMAPI(t *testing.T) {
@@ -39,10 +46,42 @@ func TestVMAPI(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = m.Kill(context.Background()) }()
-	testAPI(t, m.api)
+	testAPI(t, m.api, vmmtest.Vmlinux(t))
 }
 
-func testAPI(t *testing.T, c *api) {
+// serveFake serves the fake and returns its socket.
+func serveFake(t *testing.T, version string) string {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "fc.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: &fctest.Server{Version: version}}
+	go srv.Serve(l)
+	t.Cleanup(func() { srv.Close() })
+	return socket
+}
+
+var testLimits = Options{}.limits()
+
+type step struct {
+	name string
+	do   func() error
+	want string // in the error; empty: it works
+}
+
+func testSteps(t *testing.T, steps []step) {
+	t.Helper()
+	for _, s := range steps {
+		err := s.do()
+		if s.want == "" && err != nil || s.want != "" && (err == nil || !strings.Contains(err.Error(), s.want)) {
+			t.Errorf("%s: %v, want %q", s.name, err, s.want)
+		}
+	}
+}
+
+func testAPI(t *testing.T, c *api, kernel string) {
 	ctx := t.Context()
 	v, err := c.version(ctx)
 	if err != nil || v != (version{1, 12, 1}) {
@@ -53,11 +92,7 @@ func testAPI(t *testing.T, c *api) {
 	if err := os.WriteFile(state, []byte("garbage"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, s := range []struct {
-		name string
-		do   func() error
-		want string // in the error; empty: it works
-	}{
+	testSteps(t, []step{
 		{"not started", func() error { return expectState(ctx, c, "Not started") }, ""},
 		{"pause before the start", func() error { return c.become(ctx, "Paused") }, "not supported before starting"},
 		{"save before the start", func() error { return c.save(ctx, "Full", state, state) }, "not supported before starting"},
@@ -73,12 +108,40 @@ func testAPI(t *testing.T, c *api) {
 		{"entropy", func() error { return c.entropy(ctx) }, ""},
 		{"start without a kernel", func() error { return c.start(ctx) }, "status 400"},
 		{"the field of later versions", func() error { return c.load(ctx, version{1, 13, 0}, state, "Uffd", state) }, "unknown field"},
-	} {
-		err := s.do()
-		if s.want == "" && err != nil || s.want != "" && (err == nil || !strings.Contains(err.Error(), s.want)) {
-			t.Errorf("%s: %v, want %q", s.name, err, s.want)
-		}
+	})
+	memory := filepath.Join(dir, "memory")
+	testSteps(t, []step{
+		{"a kernel", func() error { return c.bootSource(ctx, kernel, "", cmdline) }, ""},
+		{"start", func() error { return c.start(ctx) }, ""},
+		{"running", func() error { return expectState(ctx, c, "Running") }, ""},
+		{"start again", func() error { return c.start(ctx) }, "not supported after starting"},
+		{"another machine now", func() error { return c.machineConfig(ctx, vmm.Spec{VCPUs: 1, MemoryMB: 128}) }, "not supported after starting"},
+		{"load now", func() error { return c.load(ctx, version{1, 12, 1}, state, "Uffd", state) }, "not supported after starting"},
+		{"save while it runs", func() error { return c.save(ctx, "Full", state, memory) }, "status 400"},
+		{"pause", func() error { return c.become(ctx, "Paused") }, ""},
+		{"pause again", func() error { return c.become(ctx, "Paused") }, ""},
+		{"paused", func() error { return expectState(ctx, c, "Paused") }, ""},
+		{"save where nothing can be", func() error { return c.save(ctx, "Full", "/nonexistent/s", "/nonexistent/m") }, "status 400"},
+		{"save", func() error { return c.save(ctx, "Diff", state, memory) }, ""},
+		{"what was saved", func() error { return checkSaved(state, memory, 192<<20) }, ""},
+		{"save all", func() error { return c.save(ctx, "Full", state, memory) }, ""},
+		{"continue", func() error { return c.become(ctx, "Running") }, ""},
+		{"running again", func() error { return expectState(ctx, c, "Running") }, ""},
+	})
+}
+
+// checkSaved looks at the files of a save.
+func checkSaved(state, memory string, size int64) error {
+	s, err := openRegular(state, 1, maxState)
+	if err != nil {
+		return err
 	}
+	defer s.Close()
+	m, err := openRegular(memory, size, size)
+	if err != nil {
+		return err
+	}
+	return m.Close()
 }
 
 func expectState(ctx context.Context, c *api, want string) error {
@@ -172,7 +235,7 @@ func TestStartFails(t *testing.T) {
 // TestAnotherProcessOnTheSocketIsRefused: the socket lies where a jailed
 // process may replace it.
 func TestAnotherProcessOnTheSocketIsRefused(t *testing.T) {
-	c := newAPI(newFake(t, "1.12.1").socket, os.Getppid())
+	c := newAPI(serveFake(t, "1.12.1"), os.Getppid(), testLimits)
 	if _, err := c.version(t.Context()); err == nil || !strings.Contains(err.Error(), "answers on Firecracker's socket") {
 		t.Errorf("the answer of another process was taken: %v", err)
 	}
@@ -186,17 +249,15 @@ func TestAnswersAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	c := newAPI(socket, 0)
+	c := newAPI(socket, 0, testLimits)
 	err = c.call(t.Context(), 50*time.Millisecond, "GET", "/version", nil, nil)
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a silent server: %v", err)
 	}
-	f := newFake(t, "nonsense")
-	if _, err := newAPI(f.socket, 0).version(t.Context()); err == nil || !strings.Contains(err.Error(), "no version") {
+	if _, err := newAPI(serveFake(t, "nonsense"), 0, testLimits).version(t.Context()); err == nil || !strings.Contains(err.Error(), "no version") {
 		t.Errorf("a version that is none: %v", err)
 	}
-	f = newFake(t, "1.3.0")
-	if _, err := newAPI(f.socket, 0).version(t.Context()); err == nil || !strings.Contains(err.Error(), supported) {
+	if _, err := newAPI(serveFake(t, "1.3.0"), 0, testLimits).version(t.Context()); err == nil || !strings.Contains(err.Error(), supported) {
 		t.Errorf("an old version: %v", err)
 	}
 }

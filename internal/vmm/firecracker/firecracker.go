@@ -19,6 +19,7 @@
 package firecracker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,6 +27,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
@@ -49,14 +51,22 @@ type Options struct {
 	ProbeCache string
 	// UID and GID that Firecracker runs as; both zero: as the caller.
 	UID, GID uint32
+	// CallLimit and SaveLimit bound the wait for an answer, SaveLimit where
+	// memory is saved or state loaded; 0: 30 s, 5 min.
+	CallLimit, SaveLimit time.Duration
 	// Logger; nil: none.
 	Logger *slog.Logger
+}
+
+func (o Options) limits() limits {
+	return limits{cmp.Or(o.CallLimit, callLimit), cmp.Or(o.SaveLimit, saveLimit)}
 }
 
 // Driver implements vmm.Driver.
 type Driver struct {
 	o   Options
 	log *slog.Logger
+	kvm string // the device
 
 	probe chan struct{} // holds one token: a mutex that a context can leave
 	mu    sync.Mutex
@@ -83,7 +93,7 @@ func New(o Options) *Driver {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Driver{o: o, log: o.Logger, probe: make(chan struct{}, 1)}
+	return &Driver{o: o, log: o.Logger, kvm: "/dev/kvm", probe: make(chan struct{}, 1)}
 }
 
 // Name implements vmm.Driver.
@@ -275,7 +285,7 @@ func (d *Driver) Adopt(ctx context.Context, r vmm.Record) (vmm.Machine, error) {
 		p.Close()
 		return fail(err)
 	}
-	m := newMachine(r, p, pumps, d.log)
+	m := newMachine(r, p, pumps, d.o)
 	if _, err := m.api.version(ctx); err != nil {
 		m.Close()
 		return fail(err)

@@ -158,7 +158,7 @@ func (l *launch) start(ctx context.Context) (_ *machine, err error) {
 		ID: l.args.ID, Kind: Name, PID: p.PID(), StartTime: p.StartTime(), BootID: boot,
 		Control: filepath.Join(l.root, apiName), ConsolePath: l.args.ConsolePath, StderrPath: stderrPath,
 		MemoryFD: -1, UffdDevFD: -1, Spec: l.spec, Info: l.host.info,
-	}, p, pumps, l.o.Logger)
+	}, p, pumps, l.o)
 	v, err := m.api.await(ctx, p.Done())
 	if err == nil && v != l.host.version {
 		err = fmt.Errorf("firecracker %s answers, %s was probed", v, l.host.version)

@@ -18,6 +18,9 @@ import (
 // killLimit bounds the wait for a killed process.
 const killLimit = 10 * time.Second
 
+// endLimit is how long after its connection broke a process may take to end.
+const endLimit = 2 * time.Second
+
 // tailBytes of each log go into an ExitError.
 const tailBytes = 8 << 10
 
@@ -41,9 +44,9 @@ type machine struct {
 
 var _ vmm.MemorySaver = (*machine)(nil)
 
-func newMachine(r vmm.Record, p *vmm.Process, pumps []*console, log *slog.Logger) *machine {
+func newMachine(r vmm.Record, p *vmm.Process, pumps []*console, o Options) *machine {
 	m := &machine{
-		rec: r, proc: p, api: newAPI(r.Control, r.PID), pumps: pumps, log: log.With("sandbox", r.ID, "pid", r.PID),
+		rec: r, proc: p, api: newAPI(r.Control, r.PID, o.limits()), pumps: pumps, log: o.Logger.With("sandbox", r.ID, "pid", r.PID),
 		turn: make(chan struct{}, 1), closing: make(chan struct{}), done: make(chan struct{}),
 	}
 	for _, c := range pumps {
@@ -148,13 +151,30 @@ func (m *machine) run(ctx context.Context, what string, f func() error) error {
 	if m.isClosed() {
 		return wrap(vmm.ErrClosed)
 	}
-	select { // a connection that broke may be its end
-	case <-m.proc.Done():
-		<-m.done
-		return wrap(fmt.Errorf("%w: %w", err, m.Err()))
-	default:
+	if !m.endedBy(err) {
+		return wrap(err)
 	}
-	return wrap(err)
+	<-m.done
+	return wrap(fmt.Errorf("%w: %w", err, m.Err()))
+}
+
+// endedBy tells whether the process has ended. A connection that broke is most
+// likely its end, of which the kernel tells a moment later.
+func (m *machine) endedBy(err error) bool {
+	if errors.Is(err, errBroken) {
+		late := time.NewTimer(endLimit)
+		defer late.Stop()
+		select {
+		case <-m.proc.Done():
+		case <-late.C:
+		}
+	}
+	select {
+	case <-m.proc.Done():
+		return true
+	default:
+		return false
+	}
 }
 
 func (m *machine) isClosed() bool {

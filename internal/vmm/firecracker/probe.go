@@ -82,6 +82,9 @@ func (d *Driver) look(ctx context.Context) (h host, err error) {
 			return h, fmt.Errorf("%s has version %s and %s version %s: they must come from one release", h.jailer, v, h.binary, h.version)
 		}
 	}
+	if err := checkUserfaultfd(d.o.UID, "/dev/userfaultfd", "/proc/sys/vm/unprivileged_userfaultfd"); err != nil {
+		return h, err
+	}
 	state, err := stateVersion(ctx, h.binary)
 	if err != nil {
 		return h, err
@@ -101,6 +104,24 @@ func (d *Driver) look(ctx context.Context) (h host, err error) {
 	return h, nil
 }
 
+// checkUserfaultfd: without one Firecracker could boot a machine and never bring
+// it back. Root may always make one; others by the device, which jailer brings
+// into the jail, or where the sysctl lets everybody.
+func checkUserfaultfd(uid uint32, device, sysctl string) error {
+	if uid == 0 {
+		return nil
+	}
+	_, err := os.Stat(device)
+	if err == nil {
+		return nil
+	}
+	if b, err := os.ReadFile(sysctl); err == nil && strings.TrimSpace(string(b)) == "1" {
+		return nil
+	}
+	return fmt.Errorf("user %d, which Firecracker would run as, may not use userfaultfd: %w; Linux 6.1 has that device, "+
+		"sysctl vm.unprivileged_userfaultfd=1 allows it to everybody, --vmm-user 0 runs Firecracker as root", uid, err)
+}
+
 // vendor of the host's CPU: "AuthenticAMD".
 func vendor() string {
 	b, _ := os.ReadFile("/proc/cpuinfo")
@@ -115,14 +136,14 @@ func vendor() string {
 // tryKVM proves KVM by a boot of the guest's kernel, once for each host kernel,
 // CPU, Firecracker and guest kernel.
 func (d *Driver) tryKVM(ctx context.Context, h host) (remark string, err error) {
-	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if d.o.ProbeKernel == "" {
+		return "", nil
+	}
+	f, err := os.OpenFile(d.kvm, os.O_RDWR, 0)
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", ErrNoKVM, err)
 	}
 	f.Close()
-	if d.o.ProbeKernel == "" {
-		return "", nil
-	}
 	kernel, err := vmm.FileDigest(d.o.ProbeKernel)
 	if err != nil {
 		return "", fmt.Errorf("reading the guest's kernel: %w", err)
