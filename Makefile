@@ -5,7 +5,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 LDFLAGS := -s -w -X main.buildVersion=$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tools build demo test unit fuzz e2e bench lint generate clean
+.PHONY: help setup tools build demo test unit fuzz e2e model soak bench lint generate clean
 
 help: ## What can I do here?
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ fuzz: ## Does garbage harm it? (every fuzz target for FUZZTIME each, default 200
 
 e2e: build ## Does the whole work on real VMs?
 	@scripts/with-state test $(GO) test -count=1 -timeout 40m -v ./test/...
+
+model: build ## Is anything lost under random faults? (part of e2e; WRENN_MODEL_SEED and WRENN_MODEL_STEPS repeat a run)
+	@scripts/with-state test $(GO) test -count=1 -timeout 40m -v -run 'TestModel$$' ./test/model
+
+soak: build ## Does it last? (200 life cycles, 1,000 generations, random faults for WRENN_SOAK, default 30m)
+	@WRENN_SOAK=$${WRENN_SOAK:-30m} scripts/with-state test $(GO) test -count=1 -timeout 24h -v ./test/model
 
 bench: setup build ## How fast is it? (ratios and medians, printed with the machine they were measured on)
 	@scripts/with-state bench $(GO) run ./test/bench

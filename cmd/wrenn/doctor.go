@@ -28,10 +28,14 @@ type finding struct {
 const doctorLong = `Tell what this host can and cannot do for sandboxes, and what to do about it.
 
 Nothing is changed but the remembered verdict on KVM, which a real boot of the
-guest's kernel has to prove. Exit code 1 when sandboxes cannot run here.`
+guest's kernel has to prove. Exit code 1 when sandboxes cannot run here.
+
+--bundle writes what a report of a fault needs into a tar.gz: versions, these
+findings, flags, journals, manifests, ends of logs, metrics. It holds no keys,
+tokens, environments or metadata of sandboxes.`
 
 func newDoctorCmd() *cobra.Command {
-	var dir string
+	var dir, bundle string
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Tell what this host can do, and the remedy", Long: doctorLong,
 		Args: args(cobra.NoArgs),
@@ -45,6 +49,12 @@ func newDoctorCmd() *cobra.Command {
 			} else if err := printFindings(o, findings); err != nil {
 				return err
 			}
+			if bundle != "" {
+				if err := writeBundle(cmd.Context(), bundle, dir, serverURL(), findings); err != nil {
+					return err
+				}
+				fmt.Fprintf(cmd.ErrOrStderr(), "wrote %s; look into it before you send it\n", bundle)
+			}
 			for _, f := range findings {
 				if f.Status == "bad" {
 					return fmt.Errorf("sandboxes cannot run on this host as it is: %s", f.Found)
@@ -54,6 +64,7 @@ func newDoctorCmd() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&dir, "dir", stateDir(), "state directory")
+	cmd.Flags().StringVar(&bundle, "bundle", "", "also write a tar.gz for a report of a fault, without secrets, to this new file")
 	addOutputFlags(cmd)
 	return cmd
 }

@@ -1,0 +1,76 @@
+package main
+
+import (
+	"cmp"
+	"encoding/base64"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// shortSecret is the length below which a value is not looked for in texts: it
+// would be found everywhere. Such values are kept out by not being read.
+const shortSecret = 8
+
+// secretsOf makes what removes the secrets of a state directory from a text: the
+// API key, sandboxes' tokens, environments and metadata.
+func secretsOf(dir string) *strings.Replacer {
+	var secrets []string
+	hide := func(secret string) {
+		if len(secret) >= shortSecret {
+			secrets = append(secrets, secret, base64.StdEncoding.EncodeToString([]byte(secret)))
+		}
+	}
+	if key, err := keyIn(filepath.Join(dir, "api-key")); err == nil {
+		hide(key)
+	}
+	paths, _ := filepath.Glob(filepath.Join(dir, "sandboxes", "*", "journal.json"))
+	for _, path := range paths {
+		var j struct {
+			Envs        map[string]string `json:"envs"`
+			Annotations []byte            `json:"annotations"`
+			AccessToken string            `json:"access_token"`
+			MachineID   string            `json:"machine_id"`
+		}
+		text, err := os.ReadFile(path)
+		if err != nil || json.Unmarshal(text, &j) != nil {
+			continue // nothing of it goes into a bundle either
+		}
+		hide(j.AccessToken)
+		hide(j.MachineID)
+		for _, v := range j.Envs {
+			hide(v)
+		}
+		var notes any
+		if json.Unmarshal(j.Annotations, &notes) == nil {
+			hideStrings(notes, map[string]bool{"template": true, "created_at": true}, hide)
+		}
+	}
+	// The longest first: one may begin with another.
+	slices.SortFunc(secrets, func(a, b string) int { return cmp.Compare(len(b), len(a)) })
+	var pairs []string
+	for _, secret := range secrets {
+		pairs = append(pairs, secret, "[removed]")
+	}
+	return strings.NewReplacer(pairs...)
+}
+
+// hideStrings hides every string in a JSON value but those under some keys.
+func hideStrings(v any, but map[string]bool, hide func(string)) {
+	switch v := v.(type) {
+	case string:
+		hide(v)
+	case []any:
+		for _, e := range v {
+			hideStrings(e, but, hide)
+		}
+	case map[string]any:
+		for k, e := range v {
+			if !but[k] {
+				hideStrings(e, nil, hide)
+			}
+		}
+	}
+}
