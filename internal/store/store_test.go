@@ -167,7 +167,7 @@ func startPostgres(t *testing.T) string {
 	cmd := exec.Command(initdb, "-D", data, "-U", "wrenn", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync")
 	cmd.SysProcAttr, cmd.Dir = attr, dir
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Skipf("no PostgreSQL: initdb: %v\n%s", err, out)
+		t.Fatalf("initdb: %v\n%s", err, out)
 	}
 	srv := exec.Command(postgres, "-D", data, "-k", dir, "-h", "", "-F", "-c", "max_connections=100")
 	srv.SysProcAttr = &syscall.SysProcAttr{Credential: attr.Credential}
