@@ -135,8 +135,8 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	}
 	s.engine = e
 	s.push(func() error { e.Close(); return nil })
-	// What the last process left and no sandbox claimed.
-	if err := pool.Sweep(ctx); err != nil {
+	// What the last process left and no sandbox claims, now or later.
+	if err := pool.Sweep(ctx, e.Slots()...); err != nil {
 		s.log.Error("some network slots of an earlier process remain", "err", err)
 	}
 	d := e.Driver()

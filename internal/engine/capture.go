@@ -7,10 +7,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect"
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
@@ -25,142 +25,231 @@ import (
 // caches are part of the captured memory anyway.
 const guestSyncLimit = 5 * time.Second
 
-// captured is what a capture made and committed.
-type captured struct {
-	manifest snapshot.Manifest
-	stats    Stats
+// capturing freezes the whole state of a running VM into one manifest: a
+// pause, which ends the VM then, or a snapshot, after which it goes on.
+type capturing struct {
+	e   *Engine
+	sb  *sandbox
+	ph  *phases
+	own bool // the driver keeps memory to itself
+
+	r            *run
+	before       journal
+	txn          *snapshot.Txn
+	m            snapshot.Manifest // as committed in the end
+	memory, disk *snapshot.Writer
+	written      Stats
 }
 
-// capture freezes the VM of sb and commits its whole state as one manifest.
-// The VM is stopped on return if the capture succeeded; if it failed, the VM
-// runs again and the store holds nothing new.
-func (e *Engine) capture(ctx context.Context, sb *sandbox, r *run, txn *snapshot.Txn, m snapshot.Manifest, ph *phases) (out captured, err error) {
-	e.guestSync(ctx, sb, r, ph)
-	var c closer
-	c.push(func(context.Context) error { return txn.Abort() })
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, c.close(ctx))
+func (cp *capturing) pauseSteps() []step {
+	return slices.Concat(cp.steps(), []step{{name: "record_paused", do: cp.recordPaused}})
+}
+
+func (cp *capturing) snapshotSteps() []step {
+	return slices.Concat(cp.steps(), []step{{name: "record_captured", do: cp.recordCaptured}})
+}
+
+// steps end with the commit: before it the VM can go on, after it the VM is
+// not needed.
+func (cp *capturing) steps() []step {
+	parts := []step{{beside: []step{
+		{name: "device_state", do: cp.deviceState},
+		{name: "memory", do: cp.captureMemory},
+		{name: "disk", do: cp.captureDisk},
+	}}}
+	if cp.own {
+		// State and memory come together, and the disk is flushed after them.
+		parts = []step{{name: "memory", do: cp.captureOwnMemory}, {name: "disk", do: cp.captureOwnDisk}}
+	}
+	return slices.Concat(
+		[]step{{name: "record_pending", do: cp.recordPending}, {name: "guest_sync", do: cp.guestSync}, {name: "vm_stop", do: cp.stopVM}},
+		parts, []step{{name: "commit", do: cp.commit}})
+}
+
+// capture takes the steps. On an error the VM runs again and the store holds
+// nothing new.
+func (e *Engine) capture(ctx context.Context, op Op, cp *capturing, steps []step) error {
+	var err error
+	if cp.txn, err = e.opts.Store.Begin(); err != nil {
+		return fmt.Errorf("begin a manifest: %w", err)
+	}
+	cp.r, cp.before = cp.sb.current(), cp.sb.journal()
+	if err = e.perform(ctx, op, cp.ph, steps); err != nil {
+		return errors.Join(err, cp.undo(context.WithoutCancel(ctx)))
+	}
+	return nil
+}
+
+// undo lets the VM run again and takes back what was written: also a manifest
+// that is there, as nobody was told of it.
+func (cp *capturing) undo(ctx context.Context) error {
+	errs := []error{cp.txn.Abort()}
+	for _, w := range []*snapshot.Writer{cp.memory, cp.disk} {
+		if w != nil {
+			errs = append(errs, w.Abort())
 		}
-	}()
-	c.push(r.machine.Continue)
-	done := ph.part("vm_stop")
-	err = r.machine.Pause(ctx)
-	done()
-	if err != nil {
-		return out, fmt.Errorf("stop the VM: %w", err)
 	}
-	memory, disk, err := e.captureParts(ctx, sb, r, txn, ph, &c)
-	if err != nil {
-		return out, err
+	back := func() error {
+		return cp.sb.settle(func(j *journal) {
+			*j = cp.before
+			run := *cp.before.Run
+			run.ChangesLost = run.ChangesLost || cp.own
+			j.Run = &run
+		})
 	}
-	defer ph.part("commit")()
-	m.Memory.ID, m.Disk.ID = memory.ID(), disk.ID()
-	if err = txn.Commit(ctx, m); err != nil {
-		return out, fmt.Errorf("commit the manifest: %w", err)
+	if cp.sb.journal().Manifest == cp.txn.ID() {
+		// The journal names the pause as the newest: it must not any more
+		// before the pause goes.
+		if err := back(); err != nil {
+			return errors.Join(append(errs, err, cp.r.machine.Continue(ctx))...)
+		}
 	}
-	out.stats.MemoryBytes, out.stats.DiskBytes = memory.BytesWritten(), disk.BytesWritten()
-	if out.manifest, err = e.opts.Store.Manifest(txn.ID()); err != nil {
-		return out, fmt.Errorf("read the manifest back: %w", err)
+	if err := cp.e.opts.Store.Delete(ctx, cp.txn.ID()); err != nil && !errors.Is(err, snapshot.ErrNotFound) {
+		errs = append(errs, err)
 	}
-	out.stats.StateBytes = out.manifest.State.Size
-	return out, nil
+	return errors.Join(append(errs, back(), cp.r.machine.Continue(ctx))...)
+}
+
+func (cp *capturing) recordPending(context.Context) error {
+	cp.r.wholeMemory = cp.before.Run.ChangesLost
+	return cp.sb.update(func(j *journal) {
+		j.Pending, j.Run.ChangesLost = cp.txn.ID(), cp.own // until it is committed
+		if cp.m.Kind == snapshot.KindPause {
+			j.State = Pausing
+		}
+	})
 }
 
 // guestSync has the guest write its caches to the disk.
-func (e *Engine) guestSync(ctx context.Context, sb *sandbox, r *run, ph *phases) {
-	defer ph.part("guest_sync")()
+func (cp *capturing) guestSync(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
 	defer cancel()
-	if err := r.guest.sync(ctx); err != nil {
-		e.log.Warn("the guest did not write its caches before the capture", "sandbox", sb.id(), "err", err)
+	if err := cp.r.guest.sync(ctx); err != nil {
+		cp.e.log.Warn("the guest did not write its caches before the capture", "sandbox", cp.sb.id(), "err", err)
 	}
+	return nil
 }
 
-// captureParts writes device state, memory and disk, side by side. What it
-// made is undone through c.
-func (e *Engine) captureParts(ctx context.Context, sb *sandbox, r *run, txn *snapshot.Txn, ph *phases, c *closer) (memory, disk *snapshot.Writer, err error) {
-	defer func() {
-		for _, w := range []*snapshot.Writer{memory, disk} {
-			if w != nil {
-				c.push(func(context.Context) error { return w.Abort() })
-			}
-		}
-	}()
-	if e.ownMemory() {
-		return e.captureOwn(ctx, sb, r, txn, ph)
+func (cp *capturing) stopVM(ctx context.Context) error {
+	if err := cp.r.machine.Pause(ctx); err != nil {
+		return fmt.Errorf("stop the VM: %w", err)
 	}
-	j := sb.journal()
-	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		defer ph.part("device_state")()
-		f, err := txn.StateFile()
-		if err != nil {
-			return fmt.Errorf("create the device state: %w", err)
-		}
-		if err := r.machine.SaveState(gctx, f); err != nil {
-			return fmt.Errorf("save the device state: %w", err)
-		}
-		return nil
+	return nil
+}
+
+func (cp *capturing) deviceState(ctx context.Context) error {
+	f, err := cp.txn.StateFile()
+	if err != nil {
+		return fmt.Errorf("create the device state: %w", err)
+	}
+	if err := cp.r.machine.SaveState(ctx, f); err != nil {
+		return fmt.Errorf("save the device state: %w", err)
+	}
+	return nil
+}
+
+// commit makes all of it real, by one rename.
+func (cp *capturing) commit(ctx context.Context) error {
+	cp.m.Memory.ID, cp.m.Disk.ID = cp.memory.ID(), cp.disk.ID()
+	err := cp.txn.Commit(ctx, cp.m)
+	if err != nil {
+		return fmt.Errorf("commit the manifest: %w", err)
+	}
+	cp.written.MemoryBytes, cp.written.DiskBytes = cp.memory.BytesWritten(), cp.disk.BytesWritten()
+	if cp.m, err = cp.e.opts.Store.Manifest(cp.txn.ID()); err != nil {
+		return fmt.Errorf("read the manifest back: %w", err)
+	}
+	cp.written.StateBytes = cp.m.State.Size
+	return nil
+}
+
+// recordPaused names the new pause, and still the run, which is to be ended.
+func (cp *capturing) recordPaused(context.Context) error {
+	return cp.sb.update(func(j *journal) {
+		j.State, j.Manifest, j.Generation = Paused, cp.m.ID, cp.m.Generation
+		j.Pending, j.StartedAt, j.Error = format.ID{}, nil, ""
 	})
-	g.Go(func() (err error) {
-		defer ph.part("memory")()
-		memory, err = e.captureMemory(gctx, r.machine, j)
-		if err != nil {
-			return fmt.Errorf("capture the memory: %w", err)
-		}
-		return nil
+}
+
+// recordCaptured makes the next capture write what differs from this one.
+func (cp *capturing) recordCaptured(context.Context) error {
+	return cp.sb.update(func(j *journal) {
+		j.Pending, j.Generation = format.ID{}, cp.m.Generation
+		j.Run.LastMemory, j.Run.LastDisk, j.Run.ChangesLost = cp.m.Memory.ID, cp.m.Disk.ID, false
 	})
-	g.Go(func() (err error) {
-		defer ph.part("disk")()
-		disk, err = e.captureDisk(gctx, sb, *j.Run)
-		if err != nil {
-			return fmt.Errorf("capture the disk: %w", err)
-		}
-		return nil
-	})
-	err = g.Wait()
-	return memory, disk, err
+}
+
+func (cp *capturing) goOnSteps() []step {
+	return []step{{name: "vm_continue", do: cp.letGoOn}, {name: "guest_clock", do: cp.setClock}}
+}
+
+func (cp *capturing) letGoOn(ctx context.Context) error { return cp.r.machine.Continue(ctx) }
+
+func (cp *capturing) setClock(ctx context.Context) error {
+	cp.e.setClock(ctx, cp.sb, cp.r)
+	return nil
+}
+
+// setClock is for a guest that stood still. It is the same individual in the
+// same life, so nothing else changes.
+func (e *Engine) setClock(ctx context.Context, sb *sandbox, r *run) {
+	ctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
+	defer cancel()
+	if _, err := r.guest.confirm(ctx, r.machine.Done(), e.initRequest(sb, sb.journal().Run.Life, false), e.opts.Now); err != nil {
+		e.log.Warn("a guest that stood still does not answer yet; its clock may be behind", "sandbox", sb.id(), "err", err)
+	}
 }
 
 // captureMemory writes the pages that differ from the newest capture.
-func (e *Engine) captureMemory(ctx context.Context, m vmm.Machine, j journal) (*snapshot.Writer, error) {
+func (cp *capturing) captureMemory(ctx context.Context) (err error) {
+	m, j := cp.r.machine, cp.sb.journal()
 	size := int64(j.MemoryMB) << 20
 	if j.Run.RAMAddr == 0 {
 		// Booted: the RAM is the VM's own memfd, and what is no hole was written.
 		f, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", m.PID(), m.MemoryFD()), os.O_RDONLY, 0)
 		if err != nil {
-			return nil, fmt.Errorf("open the guest's memory: %w", err)
+			return fmt.Errorf("open the guest's memory: %w", err)
 		}
 		defer f.Close()
 		scan := func(yield func(off, n int64) error) error { return scanFile(f, size, yield) }
-		return e.writeImage(ctx, size, format.ID{}, j.Run.LastMemory, pagesOf(f, scan))
+		cp.memory, err = cp.e.writeImage(ctx, size, format.ID{}, j.Run.LastMemory, pagesOf(f, scan))
+		return wrap("capture the memory", err)
 	}
 	addr := uintptr(j.Run.RAMAddr)
 	f, err := uffd.ReadMemory(m.PID(), addr)
 	if err != nil {
-		return nil, fmt.Errorf("open the guest's memory: %w", err)
+		return fmt.Errorf("open the guest's memory: %w", err)
 	}
 	defer f.Close()
 	scan := func(yield func(off, n int64) error) error { return uffd.ScanDirty(m.PID(), addr, size, yield) }
-	return e.writeImage(ctx, size, j.Run.MemoryImage, j.Run.LastMemory, pagesOf(f, scan))
+	cp.memory, err = cp.e.writeImage(ctx, size, j.Run.MemoryImage, j.Run.LastMemory, pagesOf(f, scan))
+	return wrap("capture the memory", err)
 }
 
 // captureDisk writes what the overlay holds over the newest capture. The
 // overlay is the pager's alone, so the pager reads it for us.
-func (e *Engine) captureDisk(ctx context.Context, sb *sandbox, rec runRecord) (*snapshot.Writer, error) {
-	base, err := e.opts.Store.OpenImage(rec.DiskImage)
+func (cp *capturing) captureDisk(ctx context.Context) error {
+	rec := *cp.sb.journal().Run
+	base, err := cp.e.opts.Store.OpenImage(rec.DiskImage)
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("capture the disk: %w", err)
 	}
 	defer base.Close()
 	last := rec.LastDisk
 	if last == (format.ID{}) {
 		last = rec.DiskImage
 	}
-	return e.writeImage(ctx, base.Size(), rec.DiskImage, last, func(yield func(change) error) error {
-		return e.overlayChanges(ctx, sb, yield)
+	cp.disk, err = cp.e.writeImage(ctx, base.Size(), rec.DiskImage, last, func(yield func(change) error) error {
+		return cp.e.overlayChanges(ctx, cp.sb, yield)
 	})
+	return wrap("capture the disk", err)
+}
+
+func wrap(what string, err error) error {
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
 }
 
 // change is a run of an image that may differ from its base: bytes, or zeros.

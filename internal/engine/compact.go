@@ -53,16 +53,42 @@ func (e *Engine) compactQueue() {
 	}
 }
 
+// compacting brings one image inside of its bounds.
+type compacting struct {
+	e  *Engine
+	id format.ID
+	r  snapshot.CompactionReport
+}
+
+func (c *compacting) steps() []step {
+	return []step{
+		{name: "rewrite", do: func(ctx context.Context) (err error) {
+			c.r, err = c.e.opts.Store.Compact(ctx, c.id)
+			return err
+		}},
+		{name: "drop_image", do: func(ctx context.Context) error {
+			if c.r.To == c.id {
+				return nil
+			}
+			// New clones share the new image, so the old one need not be kept warm.
+			return c.e.dropImage(ctx, c.id)
+		}},
+		{name: "sweep", do: func(ctx context.Context) error {
+			if c.r.To == c.id {
+				return nil
+			}
+			return c.e.sweep(ctx)
+		}},
+	}
+}
+
 // compact brings one image inside of its bounds. Whoever has the old one goes
 // on with it. A failure is logged alone: the image is as good as before.
 func (e *Engine) compact(ctx context.Context, id format.ID) {
-	r, err := e.opts.Store.Compact(ctx, id)
+	c := &compacting{e: e, id: id}
+	err := e.perform(ctx, OpCompact, e.newPhases(), c.steps())
 	if errors.Is(err, snapshot.ErrNotFound) || ctx.Err() != nil {
 		return // deleted meanwhile; or the next start goes on with the plan
-	}
-	if err == nil && r.To != id {
-		// New clones share the new image, so the old one need not be kept warm.
-		err = errors.Join(e.dropImage(ctx, id), e.sweep(ctx))
 	}
 	if err != nil {
 		e.log.Error("an image was not compacted, or what it had needed not freed", "image", id.String(), "err", err)

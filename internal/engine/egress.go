@@ -52,18 +52,34 @@ func (e *Engine) SetEgress(ctx context.Context, id string, to *Egress) error {
 		return err
 	}
 	defer sb.end()
+	w := &rewiring{e: e, sb: sb, to: to}
 	old := sb.journal().Egress
-	// The journal first: who takes the sandbox over loads what it says.
-	if err := sb.update(func(j *journal) { j.Egress = to }); err != nil {
-		return err
+	if err := e.perform(ctx, OpEgress, e.newPhases(), w.steps()); err != nil {
+		w.to = old
+		back := sb.settle(func(j *journal) { j.Egress = old })
+		return errors.Join(fmt.Errorf("change the network of sandbox %s: %w", id, err), back, w.apply(ctx))
 	}
-	r := sb.current()
-	if r == nil {
-		return nil
+	return nil
+}
+
+// rewiring changes what a guest may reach.
+type rewiring struct {
+	e  *Engine
+	sb *sandbox
+	to *Egress
+}
+
+func (w *rewiring) steps() []step {
+	return []step{
+		// The journal first: who takes the sandbox over loads what it says.
+		{name: "record", do: func(context.Context) error { return w.sb.update(func(j *journal) { j.Egress = w.to }) }},
+		{name: "apply", do: w.apply},
 	}
-	if err := r.slot.SetEgress(ctx, to); err != nil {
-		return errors.Join(fmt.Errorf("change the network of sandbox %s: %w", id, err),
-			sb.update(func(j *journal) { j.Egress = old }))
+}
+
+func (w *rewiring) apply(ctx context.Context) error {
+	if r := w.sb.current(); r != nil {
+		return r.slot.SetEgress(ctx, w.to)
 	}
 	return nil
 }

@@ -78,7 +78,7 @@ type Slot interface {
 	Release(ctx context.Context) error
 }
 
-// Options are what an Engine is made of. All but Logger and Now are required.
+// Options are what an Engine is made of. Logger, Now and AfterStep may be nil.
 type Options struct {
 	// Dir is the state directory; sandboxes live in Dir/sandboxes.
 	Dir     string
@@ -95,6 +95,12 @@ type Options struct {
 	Cmdline string
 	Logger  *slog.Logger
 	Now     func() time.Time
+	// RetryAfter is the first pause before what could not be released is tried
+	// again; 0 is a second. It grows to a minute.
+	RetryAfter time.Duration
+	// AfterStep is for tests: it is called when a step has been done, and an
+	// error of it makes the step one that fails. Nil in earnest.
+	AfterStep func(op Op, step string) error
 }
 
 // Engine runs sandboxes.
@@ -119,6 +125,7 @@ type Engine struct {
 	reserved  map[string]bool      // names that a capture is about to commit
 	bases     map[string]Base
 	watchers  map[chan Event]bool
+	tidying   map[*sandbox]bool
 }
 
 // Base is a template that boots.
@@ -165,6 +172,9 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
+	if opts.RetryAfter == 0 {
+		opts.RetryAfter = time.Second
+	}
 	if opts.Now == nil {
 		opts.Now = time.Now
 	}
@@ -182,6 +192,7 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 		reserved:  map[string]bool{},
 		bases:     map[string]Base{},
 		watchers:  map[chan Event]bool{},
+		tidying:   map[*sandbox]bool{},
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	if err := e.loadNames(); err != nil {
@@ -201,11 +212,23 @@ func (e *Engine) loadNames() error {
 	for _, err := range errs {
 		e.log.Error("a snapshot cannot be used", "err", err)
 	}
+	newest := map[string]snapshot.Manifest{}
 	for _, m := range manifests {
 		if m.Kind == snapshot.KindPause {
 			continue
 		}
-		e.names[m.Name] = m.ID
+		// Two of a name are what an import of a base leaves that was cut off
+		// before it removed the old one.
+		old, twice := newest[m.Name]
+		if twice && old.CreatedAt.After(m.CreatedAt) {
+			old, m = m, old
+		}
+		newest[m.Name], e.names[m.Name] = m, m.ID
+		if twice && old.Kind == snapshot.KindBase {
+			if err := e.opts.Store.Delete(e.ctx, old.ID); err != nil {
+				return fmt.Errorf("remove the old base template %q: %w", old.Name, err)
+			}
+		}
 	}
 	return nil
 }

@@ -37,23 +37,47 @@ func (e *Engine) sweep(ctx context.Context) error {
 // collect runs GC with the images of all sandboxes as roots. The caller holds
 // storeUse.
 func (e *Engine) collect(ctx context.Context, dryRun bool) (snapshot.GCReport, error) {
-	var roots []format.ID
-	e.mu.Lock()
-	for _, sb := range e.sandboxes {
-		roots = append(roots, sb.journal().roots()...)
+	sw := &sweeping{e: e, dryRun: dryRun}
+	err := e.perform(ctx, OpSweep, e.newPhases(), sw.steps())
+	return sw.r, err
+}
+
+type sweeping struct {
+	e      *Engine
+	dryRun bool
+	roots  []format.ID
+	r      snapshot.GCReport
+}
+
+func (sw *sweeping) steps() []step {
+	return []step{
+		{name: "roots", do: sw.findRoots},
+		{name: "collect", do: func(ctx context.Context) (err error) {
+			sw.r, err = sw.e.opts.Store.GC(ctx, sw.roots, sw.dryRun)
+			return wrap("free unused blocks", err)
+		}},
+		{name: "drop_images", do: sw.dropImages},
 	}
-	e.mu.Unlock()
-	r, err := e.opts.Store.GC(ctx, roots, dryRun)
-	if err != nil {
-		return r, fmt.Errorf("free unused blocks: %w", err)
+}
+
+func (sw *sweeping) findRoots(context.Context) error {
+	sw.e.mu.Lock()
+	defer sw.e.mu.Unlock()
+	for _, sb := range sw.e.sandboxes {
+		sw.roots = append(sw.roots, sb.journal().roots()...)
 	}
-	if dryRun {
-		return r, nil
+	return nil
+}
+
+func (sw *sweeping) dropImages(ctx context.Context) error {
+	if sw.dryRun {
+		return nil
 	}
-	for _, id := range append(r.Images, r.Headers...) {
-		err = errors.Join(err, e.dropImage(ctx, id))
+	var errs []error
+	for _, id := range append(sw.r.Images, sw.r.Headers...) {
+		errs = append(errs, sw.e.dropImage(ctx, id))
 	}
-	return r, err
+	return errors.Join(errs...)
 }
 
 // dropImage has the pager forget an image that no new sandbox starts from, and

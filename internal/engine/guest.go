@@ -21,8 +21,10 @@ import (
 // name is never looked up, every connection is made inside the sandbox's
 // network namespace.
 const (
-	envdPort = 49983
-	envdURL  = "http://envd"
+	// AgentPort is the guest agent's port.
+	AgentPort = 49983
+	envdPort  = AgentPort
+	envdURL   = "http://envd"
 )
 
 // Guest is the connection to one sandbox's agent during one run. It ends with

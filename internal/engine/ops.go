@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
@@ -52,10 +53,30 @@ func (e *Engine) Create(ctx context.Context, spec CreateSpec) (Info, Stats, erro
 		return Info{}, Stats{}, err
 	}
 	defer sb.end()
-	if err := e.start(ctx, sb, src, ph); err != nil {
-		return Info{}, Stats{}, errors.Join(fmt.Errorf("create sandbox %s: %w", spec.ID, err), e.removeSandbox(sb))
+	op := OpCreate
+	if src.base == nil {
+		op = OpSpawn
+	}
+	st := &starting{e: e, sb: sb, src: src, ph: ph}
+	if err := e.start(ctx, op, st, st.createSteps()); err != nil {
+		return Info{}, Stats{}, errors.Join(fmt.Errorf("create sandbox %s: %w", spec.ID, err), e.unmake(st))
 	}
 	return sb.info(), ph.stats(), nil
+}
+
+// unmake leaves nothing of a create that failed. What could not be released
+// stays as a sandbox that is being destroyed.
+func (e *Engine) unmake(st *starting) error {
+	switch {
+	case !st.entered:
+		e.forget(st.sb)
+		return nil
+	case st.left == nil:
+		return e.removeSandbox(st.sb)
+	}
+	err := st.sb.settle(func(j *journal) { j.State = Stopping })
+	e.tidySoon(st.sb)
+	return err
 }
 
 // sourceOf finds the template and fills in what it fixes.
@@ -93,7 +114,8 @@ func (e *Engine) sourceOf(spec *CreateSpec) (source, error) {
 	return source{manifest: &m, keepWarm: true, fork: true}, nil
 }
 
-// addSandbox enters a new sandbox, with its operation begun.
+// addSandbox takes the id for a new sandbox, with its operation begun. Nothing
+// of it is on disk yet.
 func (e *Engine) addSandbox(spec CreateSpec, src source) (*sandbox, error) {
 	sb := &sandbox{dir: e.sandboxDir(spec.ID), op: make(chan struct{}, 1)}
 	sb.op <- struct{}{}
@@ -113,12 +135,6 @@ func (e *Engine) addSandbox(spec CreateSpec, src source) (*sandbox, error) {
 	}
 	if err := e.admit(spec.MemoryMB); err != nil {
 		return nil, err
-	}
-	if err := os.Mkdir(sb.dir, 0o711); err != nil {
-		return nil, fmt.Errorf("make the sandbox's directory: %w", err)
-	}
-	if err := writeJournal(sb.dir, sb.j); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(sb.dir))
 	}
 	e.sandboxes[spec.ID] = sb
 	return sb, nil
@@ -141,17 +157,20 @@ func (e *Engine) admit(mb int) error {
 	return nil
 }
 
-// removeSandbox forgets a sandbox and its directory.
+// removeSandbox removes a sandbox's directory and forgets it.
 func (e *Engine) removeSandbox(sb *sandbox) error {
-	err := os.RemoveAll(sb.dir)
+	if err := os.RemoveAll(sb.dir); err != nil {
+		return fmt.Errorf("remove the sandbox's directory: %w", err)
+	}
+	e.forget(sb)
+	return nil
+}
+
+func (e *Engine) forget(sb *sandbox) {
 	e.mu.Lock()
 	delete(e.sandboxes, sb.id())
 	e.mu.Unlock()
 	e.announce(Event{Sandbox: sb.info(), Removed: true})
-	if err != nil {
-		return fmt.Errorf("remove the sandbox's directory: %w", err)
-	}
-	return nil
 }
 
 // Pause puts the whole state on disk and ends the VM. It answers when the
@@ -166,94 +185,52 @@ func (e *Engine) Pause(ctx context.Context, id string) (Info, Stats, error) {
 		return Info{}, Stats{}, err
 	}
 	defer sb.end()
-	ph := e.newPhases()
+	old := sb.journal().Manifest
+	cp := e.newCapture(sb, snapshot.KindPause, "")
 	e.storeUse.RLock()
-	c, err := e.freeze(ctx, sb, snapshot.KindPause, "", ph)
+	err = e.capture(ctx, OpPause, cp, cp.pauseSteps())
 	e.storeUse.RUnlock()
 	if err != nil {
 		return Info{}, Stats{}, fmt.Errorf("pause sandbox %s: %w", id, err)
 	}
-	done := ph.part("release")
-	err = e.finishPause(ctx, sb, c.manifest)
-	done()
-	if err != nil {
-		// The state is safe; what stayed behind is the next start's to clear.
-		e.log.Error("not everything of a paused VM could be released", "sandbox", id, "err", err)
+	if err := e.perform(ctx, OpPause, cp.ph, e.pausedSteps(sb, old, cp.m.Memory.ID)); err != nil {
+		// The state is safe, and the journal names what stayed behind.
+		e.log.Error("not everything of a paused VM could be released yet", "sandbox", id, "err", err)
+		e.tidySoon(sb)
 	}
-	e.compactAfter(ctx, c.manifest)
-	return sb.info(), ph.statsWith(c.stats), nil
+	e.compactAfter(ctx, cp.m)
+	return sb.info(), cp.ph.statsWith(cp.written), nil
 }
 
-// freeze captures a running sandbox into a manifest of that kind. For a pause
-// the journal says so, for a snapshot the sandbox stays running in it.
-func (e *Engine) freeze(ctx context.Context, sb *sandbox, kind string, name string, ph *phases) (captured, error) {
-	txn, err := e.opts.Store.Begin()
-	if err != nil {
-		return captured{}, fmt.Errorf("begin a manifest: %w", err)
-	}
+// newCapture begins the description of a capture.
+func (e *Engine) newCapture(sb *sandbox, kind, name string) *capturing {
 	j := sb.journal()
-	r := sb.current()
-	r.wholeMemory = j.Run.ChangesLost
-	err = sb.update(func(j *journal) {
-		j.Pending, j.Run.ChangesLost = txn.ID(), e.ownMemory() // until it is committed
-		if kind == snapshot.KindPause {
-			j.State = Pausing
-		}
-	})
-	if err != nil {
-		return captured{}, errors.Join(err, txn.Abort())
-	}
-	m := snapshot.Manifest{
+	return &capturing{e: e, sb: sb, ph: e.newPhases(), own: e.ownMemory(), m: snapshot.Manifest{
 		Name: name, Kind: kind, SandboxID: j.ID, Parent: j.Template, Generation: j.Generation + 1,
 		CreatedAt: e.opts.Now().UTC(), VMM: vmmInfo(e.info, "", j), EnvdVersion: "", NetworkLayout: networkLayout,
 		Annotations: j.Annotations,
-	}
-	c, err := e.capture(ctx, sb, r, txn, m, ph)
-	if err != nil {
-		return c, errors.Join(err, sb.update(func(j *journal) { j.State, j.Pending = Running, format.ID{} }))
-	}
-	return c, nil
+	}}
 }
 
-// finishPause is what remains once the manifest is committed. It can be run
-// again after a crash.
-func (e *Engine) finishPause(ctx context.Context, sb *sandbox, m snapshot.Manifest) error {
-	if err := e.endRun(ctx, sb, m.Memory.ID); err != nil {
-		return err
-	}
-	old := sb.journal().Manifest
-	err := sb.update(func(j *journal) {
-		j.State, j.Manifest, j.Generation = Paused, m.ID, m.Generation
-		j.Pending, j.Run, j.StartedAt, j.Error = format.ID{}, nil, nil, ""
-	})
-	if err != nil {
-		return err
-	}
-	if old != (format.ID{}) && old != m.ID {
-		err = e.opts.Store.Delete(ctx, old)
-	}
-	return errors.Join(err, e.sweep(ctx))
+// pausedSteps are what remains of a pause when the journal names it.
+func (e *Engine) pausedSteps(sb *sandbox, old, memory format.ID) []step {
+	return append(e.releaseSteps(sb, memory),
+		step{name: "delete_old", do: func(ctx context.Context) error {
+			if old.IsZero() {
+				return nil
+			}
+			return e.deleteManifest(ctx, old)
+		}},
+		step{name: "sweep", do: e.sweep},
+	)
 }
 
-// endRun kills the VM and releases all that its run holds. While the VM
-// cannot be killed everything stays, so that it can be tried again. The
-// successor is as in stopServing.
-func (e *Engine) endRun(ctx context.Context, sb *sandbox, successor format.ID) error {
-	r := sb.current()
-	if r == nil {
-		return nil
+// deleteManifest removes a manifest that may be gone already.
+func (e *Engine) deleteManifest(ctx context.Context, id format.ID) error {
+	if err := e.opts.Store.Delete(ctx, id); err != nil && !errors.Is(err, snapshot.ErrNotFound) {
+		return err
 	}
-	r.end()
-	r.watch.Wait()
-	if err := r.machine.Kill(ctx); err != nil {
-		return fmt.Errorf("kill the VM: %w", err)
-	}
-	r.guest.close() // a dead guest says nothing, not even good-bye
-	// Only a dead VM may lose its page-fault server.
-	err := errors.Join(e.stopServing(ctx, sb, successor), r.slot.Release(ctx))
-	r.letGo()
-	sb.setRun(nil)
-	return err
+	return nil
 }
 
 // Resume brings a paused sandbox back, every process still alive; with reboot
@@ -270,6 +247,9 @@ func (e *Engine) Resume(ctx context.Context, id string, reboot bool) (Info, Stat
 	}
 	defer sb.end()
 	ph := e.newPhases()
+	if err := e.release(ctx, sb); err != nil {
+		return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: clear what its last run left: %w", id, err)
+	}
 	e.mu.Lock()
 	err = e.admit(sb.info().MemoryMB)
 	e.mu.Unlock()
@@ -278,29 +258,39 @@ func (e *Engine) Resume(ctx context.Context, id string, reboot bool) (Info, Stat
 	}
 	e.storeUse.RLock()
 	defer e.storeUse.RUnlock()
-	m, err := e.opts.Store.Manifest(sb.journal().Manifest)
+	op, src, err := e.resumeSource(sb, reboot)
 	if err != nil {
-		return Info{}, Stats{}, fmt.Errorf("read the manifest of sandbox %s: %w", id, err)
-	}
-	src := source{manifest: &m}
-	if reboot {
-		if src, err = e.rebootSource(m); err != nil {
-			return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: %w", id, err)
-		}
-	} else if err := e.fits(m); err != nil {
 		return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: %w", id, err)
 	}
-	if err := sb.update(func(j *journal) { j.State = Resuming }); err != nil {
-		return Info{}, Stats{}, err
-	}
-	if err := e.start(ctx, sb, src, ph); err != nil {
-		return Info{}, Stats{}, errors.Join(fmt.Errorf("resume sandbox %s: %w", id, err),
-			sb.update(func(j *journal) { j.State = Paused }))
+	st := &starting{e: e, sb: sb, src: src, ph: ph}
+	if err := e.start(ctx, op, st, st.resumeSteps()); err != nil {
+		if st.left != nil {
+			e.tidySoon(sb)
+		}
+		return Info{}, Stats{}, errors.Join(fmt.Errorf("resume sandbox %s: %w", id, err), sb.settle(func(j *journal) {
+			j.State, j.StartedAt = Paused, nil
+			if st.left == nil {
+				j.Run = nil
+			}
+		}))
 	}
 	return sb.info(), ph.stats(), nil
 }
 
-// Destroy removes a sandbox in any state with all it owns.
+func (e *Engine) resumeSource(sb *sandbox, reboot bool) (Op, source, error) {
+	m, err := e.opts.Store.Manifest(sb.journal().Manifest)
+	if err != nil {
+		return "", source{}, fmt.Errorf("read its manifest: %w", err)
+	}
+	if reboot {
+		src, err := e.rebootSource(m)
+		return OpReboot, src, err
+	}
+	return OpResume, source{manifest: &m}, e.fits(m)
+}
+
+// Destroy removes a sandbox in any state with all it owns. One that fails can
+// be said again.
 func (e *Engine) Destroy(ctx context.Context, id string) error {
 	ctx = context.WithoutCancel(ctx)
 	if err := checkID(id); err != nil {
@@ -317,29 +307,37 @@ func (e *Engine) Destroy(ctx context.Context, id string) error {
 	if again, err := e.find(id); err != nil || again != sb {
 		return fmt.Errorf("sandbox %q: %w", id, ErrNotFound)
 	}
-	if err := sb.update(func(j *journal) { j.State = Stopping }); err != nil {
+	if err := e.finishDestroy(ctx, sb); err != nil {
+		e.tidySoon(sb)
 		return err
 	}
-	return e.finishDestroy(ctx, sb)
+	return nil
 }
 
 // finishDestroy can be run again after a crash.
 func (e *Engine) finishDestroy(ctx context.Context, sb *sandbox) error {
-	var err error
-	if sb.current() != nil {
-		err = e.endRun(ctx, sb, format.ID{})
-	} else {
-		err = e.endLeftover(ctx, sb) // a VM that could not be taken over
-	}
-	if err != nil {
+	if err := e.perform(ctx, OpDestroy, e.newPhases(), e.destroySteps(sb)); err != nil {
 		return fmt.Errorf("destroy sandbox %s: %w", sb.id(), err)
 	}
-	if m := sb.journal().Manifest; m != (format.ID{}) {
-		if err := e.opts.Store.Delete(ctx, m); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("destroy sandbox %s: %w", sb.id(), err)
-		}
-	}
-	return errors.Join(e.removeSandbox(sb), e.sweep(ctx))
+	return nil
+}
+
+func (e *Engine) destroySteps(sb *sandbox) []step {
+	return slices.Concat(
+		[]step{{name: "record_stopping", do: func(context.Context) error {
+			return sb.update(func(j *journal) { j.State = Stopping })
+		}}},
+		e.releaseSteps(sb, format.ID{}),
+		[]step{
+			{name: "delete_manifest", do: func(ctx context.Context) error {
+				if m := sb.journal().Manifest; !m.IsZero() {
+					return e.deleteManifest(ctx, m)
+				}
+				return nil
+			}},
+			{name: "remove", do: func(context.Context) error { return e.removeSandbox(sb) }},
+			{name: "sweep", do: e.sweep},
+		})
 }
 
 // Snapshot freezes a running or paused sandbox under a name. The source goes
@@ -360,20 +358,19 @@ func (e *Engine) Snapshot(ctx context.Context, id, name string) (snapshot.Manife
 	if err := e.reserve(name); err != nil {
 		return snapshot.Manifest{}, Stats{}, err
 	}
-	ph := e.newPhases()
 	e.storeUse.RLock()
 	defer e.storeUse.RUnlock()
 	freeze := e.snapshotRunning
 	if sb.info().State == Paused {
 		freeze = e.snapshotPaused
 	}
-	c, err := freeze(ctx, sb, name, ph)
-	e.settleName(name, c.manifest.ID, err == nil)
+	m, stats, err := freeze(ctx, sb, name)
+	e.settleName(name, m.ID, err == nil)
 	if err != nil {
-		return c.manifest, c.stats, fmt.Errorf("snapshot sandbox %s as %q: %w", id, name, err)
+		return m, stats, fmt.Errorf("snapshot sandbox %s as %q: %w", id, name, err)
 	}
-	e.compactAfter(ctx, c.manifest)
-	return c.manifest, ph.statsWith(c.stats), nil
+	e.compactAfter(ctx, m)
+	return m, stats, nil
 }
 
 // reserve takes a name until settleName says what became of it.
@@ -398,62 +395,67 @@ func (e *Engine) settleName(name string, id format.ID, ok bool) {
 	}
 }
 
-func (e *Engine) snapshotRunning(ctx context.Context, sb *sandbox, name string, ph *phases) (captured, error) {
-	c, err := e.freeze(ctx, sb, snapshot.KindSnapshot, name, ph)
-	if err != nil {
-		return c, err
+func (e *Engine) snapshotRunning(ctx context.Context, sb *sandbox, name string) (snapshot.Manifest, Stats, error) {
+	cp := e.newCapture(sb, snapshot.KindSnapshot, name)
+	if err := e.capture(ctx, OpSnapshot, cp, cp.snapshotSteps()); err != nil {
+		return snapshot.Manifest{}, Stats{}, err
 	}
 	// The snapshot exists from here on, whatever becomes of the source.
-	err = sb.update(func(j *journal) {
-		j.Pending, j.Generation = format.ID{}, c.manifest.Generation
-		j.Run.LastMemory, j.Run.LastDisk, j.Run.ChangesLost = c.manifest.Memory.ID, c.manifest.Disk.ID, false
-	})
-	if err != nil {
-		e.log.Error("the journal misses a snapshot; the next capture writes more than it must", "sandbox", sb.id(), "err", err)
-	}
-	defer ph.part("continue")()
-	r := sb.current()
-	if err := r.machine.Continue(ctx); err != nil {
+	if err := e.perform(ctx, OpSnapshot, cp.ph, cp.goOnSteps()); err != nil {
 		e.log.Error("the source of a snapshot does not go on", "sandbox", sb.id(), "err", err)
-		return c, nil
 	}
-	// The guest stood still meanwhile: set its clock. It is the same
-	// individual in the same life, so nothing else changes.
-	cctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
-	defer cancel()
-	if _, err := r.guest.confirm(cctx, r.machine.Done(), e.initRequest(sb, sb.journal().Run.Life, false), e.opts.Now); err != nil {
-		e.log.Warn("the clock of a snapshot's source may be behind", "sandbox", sb.id(), "err", err)
-	}
-	return c, nil
+	return cp.m, cp.ph.statsWith(cp.written), nil
 }
 
-// snapshotPaused gives a pause's images a second manifest; only the device
-// state is copied.
-func (e *Engine) snapshotPaused(ctx context.Context, sb *sandbox, name string, ph *phases) (c captured, err error) {
-	defer ph.part("commit")()
+// copying gives a pause's images a second manifest; only the device state is
+// copied.
+type copying struct {
+	e    *Engine
+	sb   *sandbox
+	name string
+
+	from, m snapshot.Manifest
+	txn     *snapshot.Txn
+}
+
+func (c *copying) steps() []step {
+	return []step{{name: "copy_state", do: c.copyState}, {name: "commit", do: c.commit}}
+}
+
+func (e *Engine) snapshotPaused(ctx context.Context, sb *sandbox, name string) (snapshot.Manifest, Stats, error) {
+	ph := e.newPhases()
 	m, err := e.opts.Store.Manifest(sb.journal().Manifest)
 	if err != nil {
-		return c, fmt.Errorf("read the pause's manifest: %w", err)
+		return m, Stats{}, fmt.Errorf("read the pause's manifest: %w", err)
 	}
 	txn, err := e.opts.Store.Begin()
 	if err != nil {
-		return c, fmt.Errorf("begin a manifest: %w", err)
+		return m, Stats{}, fmt.Errorf("begin a manifest: %w", err)
 	}
-	defer func() { err = errors.Join(err, txn.Abort()) }() // does nothing after the commit
-	path, err := e.opts.Store.StatePath(m.ID)
-	if err == nil {
-		err = copyState(path, txn)
+	c := &copying{e: e, sb: sb, name: name, from: m, txn: txn}
+	if err := e.perform(ctx, OpSnapshotPaused, ph, c.steps()); err != nil {
+		return m, Stats{}, errors.Join(err, txn.Abort(), e.deleteManifest(ctx, txn.ID()))
 	}
+	return c.m, ph.statsWith(Stats{StateBytes: c.m.State.Size}), nil
+}
+
+func (c *copying) copyState(context.Context) error {
+	path, err := c.e.opts.Store.StatePath(c.from.ID)
 	if err != nil {
-		return c, err
+		return err
 	}
-	m.ID, m.Name, m.Kind, m.CreatedAt = format.ID{}, name, snapshot.KindSnapshot, e.opts.Now().UTC()
-	if err := txn.Commit(ctx, m); err != nil {
-		return c, fmt.Errorf("commit the manifest: %w", err)
+	return copyState(path, c.txn)
+}
+
+func (c *copying) commit(ctx context.Context) error {
+	m := c.from
+	m.ID, m.Name, m.Kind, m.CreatedAt = format.ID{}, c.name, snapshot.KindSnapshot, c.e.opts.Now().UTC()
+	err := c.txn.Commit(ctx, m)
+	if err != nil {
+		return fmt.Errorf("commit the manifest: %w", err)
 	}
-	c.manifest, err = e.opts.Store.Manifest(txn.ID())
-	c.stats.StateBytes = m.State.Size
-	return c, err
+	c.m, err = c.e.opts.Store.Manifest(c.txn.ID())
+	return err
 }
 
 func copyState(path string, txn *snapshot.Txn) error {
@@ -488,12 +490,20 @@ func (e *Engine) machineDied(sb *sandbox, r *run) {
 	if fatal := e.fatalReason(ctx, sb.id()); fatal != nil {
 		reason = fatal
 	}
-	err := errors.Join(
-		e.endRun(ctx, sb, format.ID{}),
-		sb.update(func(j *journal) { j.State, j.Error, j.Run, j.StartedAt = Failed, reason.Error(), nil, nil }),
-	)
-	if err != nil {
-		e.log.Error("not everything of a dead VM could be released", "sandbox", sb.id(), "err", err)
+	if err := e.perform(ctx, OpDied, e.newPhases(), e.diedSteps(sb, reason)); err != nil {
+		e.log.Error("not everything of a dead VM could be released yet", "sandbox", sb.id(), "err", err)
+		e.tidySoon(sb)
 	}
 	e.announce(Event{Sandbox: sb.info()})
+}
+
+// diedSteps write down why first: a crash in between then only has to release.
+func (e *Engine) diedSteps(sb *sandbox, reason error) []step {
+	return append([]step{{name: "record_error", do: func(context.Context) error {
+		// Dead it is, whether or not the disk takes the news.
+		if err := sb.settle(func(j *journal) { j.State, j.Error, j.StartedAt = Failed, reason.Error(), nil }); err != nil {
+			e.log.Error("the journal misses the end of a VM", "sandbox", sb.id(), "err", err)
+		}
+		return nil
+	}}}, e.releaseSteps(sb, format.ID{})...)
 }

@@ -66,48 +66,41 @@ func (e *Engine) hostArgsOwn(ctx context.Context, sb *sandbox, slot Slot, rec *r
 	return h, nil
 }
 
-// captureOwn saves state and memory, which come together, and then the disk.
-func (e *Engine) captureOwn(ctx context.Context, sb *sandbox, r *run, txn *snapshot.Txn, ph *phases) (memory, disk *snapshot.Writer, err error) {
-	j := sb.journal()
-	memory, err = e.captureOwnMemory(ctx, r, txn, j, ph)
-	if err != nil {
-		return nil, nil, fmt.Errorf("capture the memory: %w", err)
+// captureOwnDisk comes after the memory: what the host's kernel holds back of
+// the device is not in the overlay.
+func (cp *capturing) captureOwnDisk(ctx context.Context) error {
+	if err := cp.e.opts.Disks.Flush(cp.sb.id()); err != nil {
+		return fmt.Errorf("capture the disk: %w", err)
 	}
-	defer ph.part("disk")()
-	// What the host's kernel holds back of the device is not in the overlay.
-	if err := e.opts.Disks.Flush(sb.id()); err != nil {
-		return memory, nil, fmt.Errorf("capture the disk: %w", err)
-	}
-	if disk, err = e.captureDisk(ctx, sb, *j.Run); err != nil {
-		return memory, nil, fmt.Errorf("capture the disk: %w", err)
-	}
-	return memory, disk, nil
+	return cp.captureDisk(ctx)
 }
 
-func (e *Engine) captureOwnMemory(ctx context.Context, r *run, txn *snapshot.Txn, j journal, ph *phases) (*snapshot.Writer, error) {
+// captureOwnMemory saves state and memory, which come together.
+func (cp *capturing) captureOwnMemory(ctx context.Context) error {
+	r, j := cp.r, cp.sb.journal()
 	saver, ok := r.machine.(vmm.MemorySaver)
 	if !ok {
-		return nil, fmt.Errorf("the %s driver's machines cannot save their memory", e.info.Kind)
+		return fmt.Errorf("the %s driver's machines cannot save their memory", cp.e.info.Kind)
 	}
-	state, err := txn.StateFile()
+	state, err := cp.txn.StateFile()
 	if err != nil {
-		return nil, fmt.Errorf("create the device state: %w", err)
+		return fmt.Errorf("create the device state: %w", err)
 	}
-	done := ph.part("device_state")
+	done := cp.ph.part("device_state")
 	f, err := saver.Save(ctx, state, r.wholeMemory)
 	done()
 	if err != nil {
-		return nil, err
+		return fmt.Errorf("save the device state and the memory: %w", err)
 	}
 	defer f.Close()
-	defer ph.part("memory")()
 	size := int64(j.MemoryMB) << 20
 	mapped := j.Run.LastMemory // the changes are those since the last capture
 	if r.wholeMemory {
 		mapped = format.ID{} // and here they are to be found
 	}
 	scan := func(yield func(off, n int64) error) error { return scanFile(f, size, yield) }
-	return e.writeImage(ctx, size, mapped, j.Run.LastMemory, pagesOf(f, scan))
+	cp.memory, err = cp.e.writeImage(ctx, size, mapped, j.Run.LastMemory, pagesOf(f, scan))
+	return wrap("capture the memory", err)
 }
 
 // ownMemoryOf is the anonymous memory of a VMM, bytes: that of its guest and a

@@ -4,16 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sync/errgroup"
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
-	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
-	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
 
@@ -26,28 +26,21 @@ func (e *Engine) recover(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list the sandboxes: %w", err)
 	}
+	for _, entry := range entries {
+		if err := e.load(filepath.Join(root, entry.Name())); err != nil {
+			return err
+		}
+	}
+	e.mu.Lock()
+	all := slices.Collect(maps.Values(e.sandboxes))
+	e.mu.Unlock()
 	var g errgroup.Group
 	g.SetLimit(8)
-	for _, entry := range entries {
-		dir := filepath.Join(root, entry.Name())
-		j, err := readJournal(dir)
-		if errors.Is(err, os.ErrNotExist) {
-			// Killed between making the directory and the first journal:
-			// nothing was promised.
-			if err := os.RemoveAll(dir); err != nil {
-				return fmt.Errorf("remove a half-made sandbox: %w", err)
-			}
-			continue
-		}
-		if err != nil {
-			e.log.Error("a sandbox cannot be taken over; it is left as it is", "dir", dir, "err", err)
-			continue
-		}
-		sb := &sandbox{dir: dir, op: make(chan struct{}, 1), j: j}
-		e.sandboxes[j.ID] = sb
+	for _, sb := range all {
 		g.Go(func() error {
 			if err := e.recoverOne(ctx, sb); err != nil {
-				e.log.Error("a sandbox could not be taken over whole", "sandbox", j.ID, "err", err)
+				e.log.Error("a sandbox could not be taken over whole", "sandbox", sb.id(), "err", err)
+				e.tidySoon(sb)
 			}
 			return nil
 		})
@@ -56,25 +49,29 @@ func (e *Engine) recover(ctx context.Context) error {
 		return err
 	}
 	e.releaseStrangers(ctx)
-	return errors.Join(e.dropSuperseded(ctx), e.sweep(ctx))
+	manifests, _ := e.opts.Store.Manifests() // damaged ones were logged
+	return errors.Join(e.dropSuperseded(ctx, manifests), e.sweep(ctx))
 }
 
-// dropSuperseded removes the pauses that a crash left beside the newer one of
-// the same sandbox. A pause whose sandbox is not known is kept: it may be all
-// that is left of it.
-func (e *Engine) dropSuperseded(ctx context.Context) error {
-	manifests, _ := e.opts.Store.Manifests() // damaged ones were logged
-	var errs []error
-	for _, m := range manifests {
-		sb := e.sandboxes[m.SandboxID]
-		if m.Kind != snapshot.KindPause || sb == nil {
-			continue
+// load enters the sandbox whose directory it is.
+func (e *Engine) load(dir string) error {
+	j, err := readJournal(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		// Killed between making the directory and the first journal:
+		// nothing was promised.
+		if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("remove a half-made sandbox: %w", err)
 		}
-		if j := sb.journal(); j.Manifest != m.ID && j.Pending != m.ID {
-			errs = append(errs, e.opts.Store.Delete(ctx, m.ID))
-		}
+		return nil
 	}
-	return errors.Join(errs...)
+	if err != nil {
+		e.log.Error("a sandbox cannot be taken over; it is left as it is", "dir", dir, "err", err)
+		return nil
+	}
+	e.mu.Lock()
+	e.sandboxes[j.ID] = &sandbox{dir: dir, op: make(chan struct{}, 1), j: j}
+	e.mu.Unlock()
+	return nil
 }
 
 // recoverOne settles one sandbox by the state that its journal names.
@@ -84,7 +81,7 @@ func (e *Engine) recoverOne(ctx context.Context, sb *sandbox) error {
 	j := sb.journal()
 	switch j.State {
 	case Paused:
-		return nil
+		return e.release(ctx, sb) // where a pause was cut off after its commit
 	case Failed:
 		if j.Run == nil {
 			return nil
@@ -92,15 +89,18 @@ func (e *Engine) recoverOne(ctx context.Context, sb *sandbox) error {
 		return e.takeOver(ctx, sb) // the last start could not; try again
 	case Starting:
 		// Create never answered, so nobody knows of it.
-		return errors.Join(e.endLeftover(ctx, sb), e.removeSandbox(sb))
+		return e.undoCreate(ctx, sb)
 	case Resuming:
-		return errors.Join(e.endLeftover(ctx, sb),
-			sb.update(func(j *journal) { j.State, j.Run = Paused, nil }))
+		return errors.Join(sb.settle(func(j *journal) { j.State = Paused }), e.release(ctx, sb))
 	case Stopping:
 		return e.finishDestroy(ctx, sb)
 	case Pausing:
 		if m, err := e.opts.Store.Manifest(j.Pending); err == nil {
-			return errors.Join(e.endLeftover(ctx, sb), e.finishPause(ctx, sb, m))
+			cp := &capturing{e: e, sb: sb, m: m}
+			if err := cp.recordPaused(ctx); err != nil {
+				return err
+			}
+			return e.release(ctx, sb)
 		}
 		return e.takeOver(ctx, sb)
 	case Running:
@@ -110,123 +110,132 @@ func (e *Engine) recoverOne(ctx context.Context, sb *sandbox) error {
 	}
 }
 
-// takeOver makes a living VM ours again. It may stand still in the middle of
-// a capture that was never committed, so it is let run. One that died while
-// nobody watched becomes an error with what is known.
+// undoCreate leaves nothing of a create that was cut off.
+func (e *Engine) undoCreate(ctx context.Context, sb *sandbox) error {
+	if err := e.release(ctx, sb); err != nil {
+		return err
+	}
+	return e.removeSandbox(sb)
+}
+
+// takeOver makes a living VM ours again. One that died while nobody watched
+// becomes an error with what is known.
 func (e *Engine) takeOver(ctx context.Context, sb *sandbox) error {
-	r, err := e.adopt(ctx, sb)
-	if errors.Is(err, vmm.ErrGone) {
-		return errors.Join(e.endLeftover(ctx, sb), sb.update(func(j *journal) {
-			j.State, j.Run, j.StartedAt = Failed, nil, nil
+	ad := &adopting{e: e, sb: sb}
+	if r := sb.current(); r != nil { // of an attempt before
+		ad.machine, ad.slot = r.machine, r.slot
+	}
+	err := e.perform(ctx, OpAdopt, e.newPhases(), ad.steps())
+	if err == nil {
+		ad.own(ctx)
+		return nil
+	}
+	if ad.machine != nil || ad.slot != nil {
+		sb.setRun(ad.run(nil)) // for who clears it, or tries again
+	}
+	sb.unadopted = !errors.Is(err, vmm.ErrGone)
+	if !sb.unadopted {
+		return errors.Join(sb.settle(func(j *journal) {
+			j.State, j.StartedAt = Failed, nil
 			j.Error = "the VM ended while the host agent was not running"
-		}))
+		}), e.release(ctx, sb))
 	}
-	if err != nil {
-		// The VM lives: it is left alone, and the next start tries again.
-		return errors.Join(err, sb.update(func(j *journal) {
-			j.State = Failed
-			j.Error = "the VM runs but could not be taken over; restart the host agent to try again"
-		}))
+	// The VM lives: it is left alone, and tried again.
+	return errors.Join(err, sb.settle(func(j *journal) {
+		j.State = Failed
+		j.Error = "the VM runs but could not be taken over; it is being tried again"
+	}))
+}
+
+// adopting takes a running VM over. It may stand still in the middle of a
+// capture that was never committed, so it is let run.
+type adopting struct {
+	e  *Engine
+	sb *sandbox
+
+	machine vmm.Machine
+	slot    Slot
+}
+
+func (ad *adopting) run(g *Guest) *run {
+	return &run{machine: ad.machine, slot: ad.slot, guest: g, ending: make(chan struct{})}
+}
+
+func (ad *adopting) steps() []step {
+	return []step{
+		// The disk first: a VMM that reconnects must find its server.
+		{name: "serve_disk", do: ad.serveDisk},
+		{name: "adopt_vm", do: ad.adoptVM},
+		{name: "adopt_network", do: ad.adoptNetwork},
+		{name: "vm_continue", do: ad.letRun},
+		{name: "record_running", do: ad.recordRunning},
 	}
-	err = sb.update(func(j *journal) { j.State, j.Error, j.Pending = Running, "", format.ID{} })
-	sb.setRun(r)
-	e.watchMachine(sb, r)
+}
+
+func (ad *adopting) serveDisk(ctx context.Context) error {
+	rec := ad.sb.journal().Run
+	if rec == nil || rec.VM == nil {
+		return fmt.Errorf("the journal names no process: %w", vmm.ErrGone)
+	}
+	_, err := ad.e.opts.Pager.ServeDisk(ctx, connect.NewRequest(&pagerv1.ServeDiskRequest{
+		SandboxId: ad.sb.id(), ImageId: rec.DiskImage.String(),
+		OverlayPath: ad.sb.path(overlayName), SocketPath: ad.sb.path(diskSocket),
+	}))
+	return wrap("serve the disk", err)
+}
+
+func (ad *adopting) adoptVM(ctx context.Context) error {
+	if ad.machine != nil {
+		ad.machine.Close()
+		ad.machine = nil
+	}
+	machine, err := ad.e.opts.Driver.Adopt(ctx, *ad.sb.journal().Run.VM)
 	if err != nil {
 		return err
 	}
-	cctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
-	defer cancel()
-	// It may have stood still: set its clock. It is still the same life.
-	if _, err := r.guest.confirm(cctx, r.machine.Done(), e.initRequest(sb, sb.journal().Run.Life, false), e.opts.Now); err != nil {
-		e.log.Warn("the guest of a VM that was taken over does not answer yet", "sandbox", sb.id(), "err", err)
+	ad.machine = machine
+	if ad.e.opts.Disks == nil {
+		return nil
 	}
-	return nil
+	return ad.e.opts.Disks.Adopt(ctx, ad.sb.id(), ad.sb.path(diskSocket))
 }
 
-func (e *Engine) adopt(ctx context.Context, sb *sandbox) (_ *run, err error) {
-	var c closer
-	defer func() {
+func (ad *adopting) adoptNetwork(ctx context.Context) error {
+	j := ad.sb.journal()
+	if ad.slot == nil {
+		slot, err := ad.e.opts.Network.Adopt(ctx, ad.sb.id(), j.Run.Slot)
 		if err != nil {
-			err = errors.Join(err, c.close(ctx))
+			return fmt.Errorf("take over the network slot: %w", err)
 		}
-	}()
-	j := sb.journal()
-	if j.Run == nil || j.Run.VM == nil {
-		return nil, fmt.Errorf("the journal names no process: %w", vmm.ErrGone)
-	}
-	// The disk first: a VMM that reconnects must find its server.
-	_, err = e.opts.Pager.ServeDisk(ctx, connect.NewRequest(&pagerv1.ServeDiskRequest{
-		SandboxId: sb.id(), ImageId: j.Run.DiskImage.String(),
-		OverlayPath: sb.path(overlayName), SocketPath: sb.path(diskSocket),
-	}))
-	if err != nil {
-		return nil, fmt.Errorf("serve the disk: %w", err)
-	}
-	machine, err := e.opts.Driver.Adopt(ctx, *j.Run.VM)
-	if err != nil {
-		return nil, err
-	}
-	c.push(func(context.Context) error { machine.Close(); return nil })
-	if e.opts.Disks != nil {
-		if err := e.opts.Disks.Adopt(ctx, sb.id(), sb.path(diskSocket)); err != nil {
-			return nil, err
-		}
-	}
-	slot, err := e.opts.Network.Adopt(ctx, sb.id(), j.Run.Slot)
-	if err != nil {
-		return nil, fmt.Errorf("take over the network slot: %w", err)
+		ad.slot = slot
 	}
 	if j.Egress != nil {
-		if err := slot.SetEgress(ctx, j.Egress); err != nil {
-			return nil, err
-		}
-	}
-	if err := machine.Continue(ctx); err != nil {
-		return nil, fmt.Errorf("let the VM run: %w", err)
-	}
-	c.keep()
-	return &run{machine: machine, slot: slot, guest: newGuest(slot, j.AccessToken), ending: make(chan struct{})}, nil
-}
-
-// endLeftover ends whatever a run left behind that has no handle of ours: the
-// VM if it lives, the pager's service, the overlay, the network slot.
-func (e *Engine) endLeftover(ctx context.Context, sb *sandbox) error {
-	j := sb.journal()
-	if j.Run == nil {
-		return nil
-	}
-	if err := e.killLeftover(ctx, sb, j.Run); err != nil {
-		return err
-	}
-	errs := []error{e.stopServing(ctx, sb, format.ID{})}
-	slot, err := e.opts.Network.Adopt(ctx, sb.id(), j.Run.Slot)
-	switch {
-	case err == nil:
-		err = slot.Release(ctx)
-	case errors.Is(err, hostnet.ErrSlotLost): // swept since: nothing is left to give back
-		err = nil
-	}
-	return errors.Join(append(errs, err)...)
-}
-
-func (e *Engine) killLeftover(ctx context.Context, sb *sandbox, rec *runRecord) error {
-	if rec.VM == nil {
-		// Killed between starting the process and writing its number down:
-		// the process is found by what only it can have open.
-		return killHolders(ctx, sb.dir, e.log)
-	}
-	p, err := vmm.AdoptProcess(rec.VM.PID, rec.VM.StartTime, rec.VM.BootID)
-	if errors.Is(err, vmm.ErrGone) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("find a leftover VM: %w", err)
-	}
-	defer p.Close()
-	if err := p.Kill(ctx); err != nil {
-		return fmt.Errorf("kill a leftover VM: %w", err)
+		return ad.slot.SetEgress(ctx, j.Egress)
 	}
 	return nil
+}
+
+func (ad *adopting) letRun(ctx context.Context) error {
+	return wrap("let the VM run", ad.machine.Continue(ctx))
+}
+
+func (ad *adopting) recordRunning(ctx context.Context) error {
+	sb := ad.sb
+	if j := sb.journal(); j.State != Running || j.Error != "" || !j.Pending.IsZero() {
+		if err := sb.update(func(j *journal) { j.State, j.Error, j.Pending = Running, "", format.ID{} }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// own gives the sandbox its run.
+func (ad *adopting) own(ctx context.Context) {
+	r := ad.run(newGuest(ad.slot, ad.sb.journal().AccessToken))
+	ad.sb.setRun(r)
+	ad.sb.unadopted = false
+	ad.e.watchMachine(ad.sb, r)
+	ad.e.setClock(ctx, ad.sb, r) // it may have stood still
 }
 
 // releaseStrangers ends the pager's service for sandboxes that have no run:
@@ -238,10 +247,11 @@ func (e *Engine) releaseStrangers(ctx context.Context) {
 		return
 	}
 	for _, id := range st.Msg.Sandboxes {
-		if sb := e.sandboxes[id]; sb != nil && (sb.run != nil || sb.j.Run != nil) {
+		sb, unknown := e.find(id)
+		if unknown == nil && (sb.current() != nil || sb.journal().Run != nil) {
 			continue
 		}
-		if _, err := os.Stat(e.sandboxDir(id)); err == nil && e.sandboxes[id] == nil {
+		if _, err := os.Stat(e.sandboxDir(id)); err == nil && unknown != nil {
 			continue // its journal cannot be read: touch nothing of it
 		}
 		stranger := &sandbox{dir: e.sandboxDir(id)}

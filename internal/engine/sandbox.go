@@ -16,6 +16,8 @@ type sandbox struct {
 	dir string
 	// op holds one token while an operation changes the sandbox.
 	op chan struct{}
+	// unadopted: its VM lives and is to be taken over. Guarded by the token.
+	unadopted bool
 
 	mu sync.Mutex
 	j  journal
@@ -23,7 +25,8 @@ type sandbox struct {
 	run *run
 }
 
-// run is what a running VM holds.
+// run is what a running VM holds. Where a start or a taking over failed and not
+// all could be released it is what there is, and any of the three may be nil.
 type run struct {
 	machine vmm.Machine
 	slot    Slot
@@ -42,8 +45,12 @@ func (r *run) end() { r.endOnce.Do(func() { close(r.ending) }) }
 
 // letGo drops our handles and leaves the VM running.
 func (r *run) letGo() {
-	r.guest.close()
-	r.machine.Close()
+	if r.guest != nil {
+		r.guest.close()
+	}
+	if r.machine != nil {
+		r.machine.Close()
+	}
 }
 
 func (sb *sandbox) info() Info {
@@ -73,6 +80,19 @@ func (sb *sandbox) update(change func(*journal)) error {
 	}
 	sb.j = j
 	return nil
+}
+
+// settle is update on the way back from a failure: the change counts in
+// memory even where the disk does not take it. What the disk says then, a step
+// that was not finished, comes to the same at the next start.
+func (sb *sandbox) settle(change func(*journal)) error {
+	err := sb.update(change)
+	if err != nil {
+		sb.mu.Lock()
+		change(&sb.j)
+		sb.mu.Unlock()
+	}
+	return err
 }
 
 // journal returns a copy.

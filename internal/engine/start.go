@@ -15,9 +15,7 @@ import (
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
-	"git.omukk.dev/wrenn/sandbox/snapshot/block"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
-	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 // The guest's side of the network is the same in every sandbox: snapshots
@@ -52,88 +50,126 @@ func (s source) disk() format.ID {
 	return s.manifest.Disk.ID
 }
 
-// start brings up the VM of sb, confirmed by its guest. The journal must
-// already name the state to fall back to. On an error nothing remains of the
-// run.
-func (e *Engine) start(ctx context.Context, sb *sandbox, src source, ph *phases) (err error) {
-	var c closer
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, c.close(ctx), sb.update(func(j *journal) { j.Run = nil }))
-		}
-	}()
-	done := ph.part("network")
-	slot, err := e.opts.Network.Acquire(ctx, sb.id())
-	done()
-	if err != nil {
-		return fmt.Errorf("get a network slot: %w", err)
-	}
-	c.push(slot.Release)
-	if egress := sb.journal().Egress; egress != nil {
-		if err := slot.SetEgress(ctx, egress); err != nil {
-			return err
-		}
-	}
+// starting is the start of a VM: of a new sandbox, or of a paused one.
+type starting struct {
+	e   *Engine
+	sb  *sandbox
+	src source
+	ph  *phases
 
-	rec := runRecord{Slot: slot.Index(), Life: randomHex(16), DiskImage: src.disk()}
-	if src.manifest != nil {
-		rec.MemoryImage = src.manifest.Memory.ID
-		rec.LastMemory, rec.LastDisk = rec.MemoryImage, rec.DiskImage
+	c       closer // what was acquired
+	slot    Slot
+	rec     runRecord
+	memory  *os.File // the guest's RAM, until the VMM has it
+	machine vmm.Machine
+	guest   *Guest
+	// entered: the directory is ours. left: what a start that failed could
+	// not release.
+	entered bool
+	left    error
+}
+
+func (st *starting) createSteps() []step {
+	return append([]step{{name: "enter", do: st.enter}}, st.steps()...)
+}
+
+func (st *starting) resumeSteps() []step {
+	return append([]step{{name: "record_resuming", do: st.recordResuming}}, st.steps()...)
+}
+
+func (st *starting) steps() []step {
+	return []step{
+		{name: "network", do: st.network},
+		{name: "record_run", do: st.recordRun},
+		{name: "disk_and_memory", do: st.prepare},
+		{name: "vmm", do: st.startMachine},
+		{name: "record_vm", do: st.recordVM},
+		{name: "vm_run", do: st.letRun},
+		{name: "guest_confirm", do: st.confirm},
+		{name: "record_running", do: st.recordRunning},
 	}
-	if err := sb.update(func(j *journal) { j.Run = &rec }); err != nil {
-		return err
-	}
-	machine, err := e.startMachine(ctx, sb, src, slot, &rec, &c, ph)
+}
+
+// start brings up the VM of sb by steps, confirmed by its guest. On an error
+// the run is undone; what could not be released stays in the journal.
+func (e *Engine) start(ctx context.Context, op Op, st *starting, steps []step) error {
+	err := e.perform(ctx, op, st.ph, steps)
+	st.closeMemory()
+	r := &run{machine: st.machine, slot: st.slot, guest: st.guest, ending: make(chan struct{})}
 	if err != nil {
-		return err
+		if st.guest != nil {
+			st.guest.close()
+		}
+		if st.left = st.c.close(ctx); st.left != nil {
+			st.sb.setRun(r) // for who clears it
+		}
+		return errors.Join(err, st.left)
 	}
-	vm := machine.Record()
-	rec.VM = &vm
-	if err := sb.update(func(j *journal) { j.Run = &rec }); err != nil {
-		return err
-	}
-	j := sb.journal()
-	r := &run{machine: machine, slot: slot, guest: newGuest(slot, j.AccessToken), ending: make(chan struct{})}
-	done = ph.part("guest_confirm")
-	err = e.confirm(ctx, sb, r, src, rec.Life)
-	done()
-	if err != nil {
-		r.guest.close()
-		return fmt.Errorf("the guest did not confirm its identity: %w", err)
-	}
-	now := e.opts.Now().UTC()
-	if err := sb.update(func(j *journal) { j.State, j.Error, j.StartedAt = Running, "", &now }); err != nil {
-		r.guest.close()
-		return err
-	}
-	sb.setRun(r)
-	e.watchMachine(sb, r)
-	c.keep()
+	st.c.keep()
+	st.sb.setRun(r)
+	e.watchMachine(st.sb, r)
 	return nil
 }
 
-// startMachine prepares memory and disk and starts the VMM process; the guest
-// runs on return. Releases are pushed on c.
-func (e *Engine) startMachine(ctx context.Context, sb *sandbox, src source, slot Slot, rec *runRecord, c *closer, ph *phases) (vmm.Machine, error) {
-	done := ph.part("disk_and_memory")
-	memory, err := e.prepare(ctx, sb, rec, src.keepWarm, c)
-	done()
-	if err != nil {
-		return nil, err
+// closeMemory drops our handle on the guest's RAM; the VMM has its own.
+func (st *starting) closeMemory() {
+	if st.memory != nil {
+		st.memory.Close()
+		st.memory = nil
 	}
+}
+
+// enter makes the directory and the first journal of a new sandbox.
+func (st *starting) enter(context.Context) error {
+	if err := os.Mkdir(st.sb.dir, 0o711); err != nil {
+		return fmt.Errorf("make the sandbox's directory: %w", err)
+	}
+	st.entered = true
+	return st.sb.update(func(*journal) {})
+}
+
+func (st *starting) recordResuming(context.Context) error {
+	return st.sb.update(func(j *journal) { j.State = Resuming })
+}
+
+func (st *starting) network(ctx context.Context) error {
+	slot, err := st.e.opts.Network.Acquire(ctx, st.sb.id())
+	if err != nil {
+		return fmt.Errorf("get a network slot: %w", err)
+	}
+	st.slot = slot
+	st.c.push(slot.Release)
+	if egress := st.sb.journal().Egress; egress != nil {
+		return slot.SetEgress(ctx, egress)
+	}
+	return nil
+}
+
+func (st *starting) recordRun(context.Context) error {
+	st.rec = runRecord{Slot: st.slot.Index(), Life: randomHex(16), DiskImage: st.src.disk()}
+	if m := st.src.manifest; m != nil {
+		st.rec.MemoryImage = m.Memory.ID
+		st.rec.LastMemory, st.rec.LastDisk = st.rec.MemoryImage, st.rec.DiskImage
+	}
+	return st.sb.update(func(j *journal) { j.Run = &st.rec })
+}
+
+// startMachine starts the VMM process; a restored guest has not run yet.
+func (st *starting) startMachine(ctx context.Context) error {
+	e, sb := st.e, st.sb
 	if e.ownMemory() {
-		host, err := e.hostArgsOwn(ctx, sb, slot, rec)
+		host, err := e.hostArgsOwn(ctx, sb, st.slot, &st.rec)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		return e.launch(ctx, sb, src, host, rec, c, ph)
+		return st.launch(ctx, host)
 	}
-	defer memory.Close()
-	tap, err := slot.OpenTap()
+	tap, err := st.slot.OpenTap()
 	if err != nil {
-		return nil, fmt.Errorf("open the tap device: %w", err)
+		return fmt.Errorf("open the tap device: %w", err)
 	}
 	defer tap.Close()
+	defer st.closeMemory()
 	// Where the kernel has the device, the VMM process needs no privilege for
 	// its page faults to be served; where not, the system call is used.
 	uffdDev, err := os.OpenFile("/dev/userfaultfd", os.O_RDWR|unix.O_CLOEXEC, 0)
@@ -142,60 +178,94 @@ func (e *Engine) startMachine(ctx context.Context, sb *sandbox, src source, slot
 	} else {
 		defer uffdDev.Close()
 	}
-	host := vmm.HostArgs{
-		ID: sb.id(), Dir: sb.dir, Memory: memory, UffdDev: uffdDev,
+	return st.launch(ctx, vmm.HostArgs{
+		ID: sb.id(), Dir: sb.dir, Memory: st.memory, UffdDev: uffdDev,
 		DiskSocket: sb.path(diskSocket), Tap: tap, ConsolePath: sb.path(consoleName),
-	}
-	return e.launch(ctx, sb, src, host, rec, c, ph)
+	})
 }
 
-// launch boots or restores the VM; it runs on return.
-func (e *Engine) launch(ctx context.Context, sb *sandbox, src source, host vmm.HostArgs, rec *runRecord, c *closer, ph *phases) (vmm.Machine, error) {
+// launch boots or restores the VM.
+func (st *starting) launch(ctx context.Context, host vmm.HostArgs) error {
+	e, sb, src := st.e, st.sb, st.src
 	j := sb.journal()
 	spec := vmm.Spec{VCPUs: j.VCPUs, MemoryMB: j.MemoryMB, MAC: guestMAC}
-
-	defer ph.part("vmm")()
+	var m vmm.Machine
+	var err error
 	if src.base != nil {
-		m, err := e.opts.Driver.Boot(ctx, vmm.BootArgs{
+		m, err = e.opts.Driver.Boot(ctx, vmm.BootArgs{
 			HostArgs: host, Spec: spec, Kernel: src.base.Kernel, Initrd: src.base.Initrd,
 			Cmdline: guestNetwork + " wrenn.hostname=" + sb.id() + " " + e.opts.Cmdline,
 		})
 		if err != nil {
-			return nil, fmt.Errorf("boot: %w", err)
+			return fmt.Errorf("boot: %w", err)
 		}
-		c.push(m.Kill)
-		return m, nil
+	} else {
+		state, err := e.opts.Store.StatePath(src.manifest.ID)
+		if err != nil {
+			return fmt.Errorf("check the device state: %w", err)
+		}
+		m, err = e.opts.Driver.Restore(ctx, vmm.RestoreArgs{
+			HostArgs: host, State: vmm.State{Spec: spec, Info: infoOf(src.manifest.VMM), File: state}, Attach: st.attach,
+		})
+		if err != nil {
+			return fmt.Errorf("restore: %w", err)
+		}
 	}
-	state, err := e.opts.Store.StatePath(src.manifest.ID)
-	if err != nil {
-		return nil, fmt.Errorf("check the device state: %w", err)
-	}
-	m, err := e.opts.Driver.Restore(ctx, vmm.RestoreArgs{
-		HostArgs: host,
-		State:    vmm.State{Spec: spec, Info: infoOf(src.manifest.VMM), File: state},
-		Attach: func(ctx context.Context, pid int) error {
-			defer ph.part("attach")()
-			r, err := e.opts.Pager.AttachMemory(ctx, connect.NewRequest(&pagerv1.AttachMemoryRequest{SandboxId: sb.id(), Pid: int32(pid)}))
-			if err == nil {
-				rec.RAMAddr = r.Msg.Address
-			}
-			return err
-		},
-	})
-	if err != nil {
-		return nil, fmt.Errorf("restore: %w", err)
-	}
-	c.push(m.Kill)
-	if err := m.Continue(ctx); err != nil {
-		return nil, fmt.Errorf("let the restored VM run: %w", err)
-	}
-	return m, nil
+	st.machine = m
+	st.c.push(m.Kill)
+	return nil
 }
 
-// prepare makes the pager serve disk and memory and returns the guest's RAM
-// as a file for the VMM process.
-func (e *Engine) prepare(ctx context.Context, sb *sandbox, rec *runRecord, keepWarm bool, c *closer) (*os.File, error) {
-	var memory *os.File
+// attach has the pager serve the page faults of the VMM process.
+func (st *starting) attach(ctx context.Context, pid int) error {
+	defer st.ph.part("attach")()
+	r, err := st.e.opts.Pager.AttachMemory(ctx, connect.NewRequest(&pagerv1.AttachMemoryRequest{SandboxId: st.sb.id(), Pid: int32(pid)}))
+	if err == nil {
+		st.rec.RAMAddr = r.Msg.Address
+	}
+	return err
+}
+
+func (st *starting) recordVM(context.Context) error {
+	vm := st.machine.Record()
+	st.rec.VM = &vm
+	return st.sb.update(func(j *journal) { j.Run = &st.rec })
+}
+
+func (st *starting) letRun(ctx context.Context) error {
+	if err := st.machine.Continue(ctx); err != nil {
+		return fmt.Errorf("let the VM run: %w", err)
+	}
+	return nil
+}
+
+// confirm makes the guest say that it is the individual of this life.
+func (st *starting) confirm(ctx context.Context) error {
+	st.guest = newGuest(st.slot, st.sb.journal().AccessToken)
+	limit := restoreLimit
+	if st.src.base != nil {
+		limit = bootLimit
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	_, err := st.guest.confirm(ctx, st.machine.Done(), st.e.initRequest(st.sb, st.rec.Life, st.src.fork), st.e.opts.Now)
+	if err != nil {
+		// A VM that the pager had to kill says more than its silence.
+		return fmt.Errorf("the guest did not confirm its identity: %w",
+			errors.Join(err, st.machine.Err(), st.e.fatalReason(ctx, st.sb.id())))
+	}
+	return nil
+}
+
+func (st *starting) recordRunning(context.Context) error {
+	now := st.e.opts.Now().UTC()
+	return st.sb.update(func(j *journal) { j.State, j.Error, j.StartedAt = Running, "", &now })
+}
+
+// prepare makes the pager serve disk and memory, and opens the guest's RAM as
+// a file for the VMM process.
+func (st *starting) prepare(ctx context.Context) error {
+	e, sb, rec := st.e, st.sb, &st.rec
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		_, err := e.opts.Pager.ServeDisk(gctx, connect.NewRequest(&pagerv1.ServeDiskRequest{
@@ -211,19 +281,13 @@ func (e *Engine) prepare(ctx context.Context, sb *sandbox, rec *runRecord, keepW
 		if e.ownMemory() {
 			return e.prepareOwn(gctx, sb, rec.MemoryImage)
 		}
-		memory, err = e.prepareMemory(gctx, sb, rec.MemoryImage, keepWarm)
+		st.memory, err = e.prepareMemory(gctx, sb, rec.MemoryImage, st.src.keepWarm)
 		return err
 	})
 	// Pushed before the outcome is known: the pager may have done what it did
 	// not get to say, and releasing what is not there is fine.
-	c.push(func(ctx context.Context) error { return e.stopServing(ctx, sb, format.ID{}) })
-	if err := g.Wait(); err != nil {
-		if memory != nil {
-			memory.Close()
-		}
-		return nil, err
-	}
-	return memory, nil
+	st.c.push(func(ctx context.Context) error { return e.stopServing(ctx, sb, format.ID{}) })
+	return g.Wait()
 }
 
 func (e *Engine) prepareMemory(ctx context.Context, sb *sandbox, image format.ID, keepWarm bool) (*os.File, error) {
@@ -255,45 +319,6 @@ func newMemory(id string, mb int) (*os.File, error) {
 		return nil, fmt.Errorf("size the guest's memory: %w", err)
 	}
 	return f, nil
-}
-
-// stopServing ends the pager's service and removes the overlay. The VM must
-// be dead. The successor is the memory image that it was paused to, or zero.
-func (e *Engine) stopServing(ctx context.Context, sb *sandbox, successor format.ID) error {
-	req := &pagerv1.ReleaseMemoryRequest{SandboxId: sb.id()}
-	if !successor.IsZero() {
-		req.SuccessorImageId = successor.String()
-	}
-	_, err := e.opts.Pager.ReleaseMemory(ctx, connect.NewRequest(req))
-	if err != nil {
-		err = fmt.Errorf("release the memory: %w", err)
-	}
-	if e.opts.Disks != nil { // the device before its server
-		if derr := e.opts.Disks.Detach(ctx, sb.id()); derr != nil {
-			return errors.Join(err, derr)
-		}
-	}
-	_, derr := e.opts.Pager.StopDisk(ctx, connect.NewRequest(&pagerv1.StopDiskRequest{SandboxId: sb.id()}))
-	if derr != nil {
-		return errors.Join(err, fmt.Errorf("stop the disk: %w", derr))
-	}
-	return errors.Join(err, block.RemoveOverlay(storage.OS{}, sb.path(overlayName)))
-}
-
-// confirm makes the guest say that it is the individual of this life.
-func (e *Engine) confirm(ctx context.Context, sb *sandbox, r *run, src source, life string) error {
-	limit := restoreLimit
-	if src.base != nil {
-		limit = bootLimit
-	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	_, err := r.guest.confirm(ctx, r.machine.Done(), e.initRequest(sb, life, src.fork), e.opts.Now)
-	if err != nil {
-		// A VM that the pager had to kill says more than its silence.
-		return errors.Join(err, r.machine.Err(), e.fatalReason(ctx, sb.id()))
-	}
-	return nil
 }
 
 func (e *Engine) initRequest(sb *sandbox, life string, fork bool) initRequest {

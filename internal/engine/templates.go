@@ -36,67 +36,127 @@ func (e *Engine) ImportBase(ctx context.Context, b BaseFiles, progress func(done
 	if err := checkName(b.Name); err != nil {
 		return err
 	}
-	e.storeUse.RLock()
-	old, disk, err := e.importDisk(ctx, b, progress)
-	if err == nil {
-		e.mu.Lock()
-		e.bases[b.Name] = Base{Name: b.Name, Disk: disk, Kernel: b.Kernel, Initrd: b.Initrd, KernelDigest: b.KernelDigest}
-		e.mu.Unlock()
-	}
-	e.storeUse.RUnlock()
-	if err != nil {
+	im := &importing{e: e, base: b, progress: progress}
+	if err := e.importBase(ctx, im); err != nil {
 		return fmt.Errorf("import the base template %q: %w", b.Name, err)
 	}
-	if old == (format.ID{}) {
+	if !im.made {
 		return nil
 	}
-	return errors.Join(e.opts.Store.Delete(ctx, old), e.sweep(ctx))
+	if err := e.perform(ctx, OpImport, e.newPhases(), im.replaceSteps()); err != nil {
+		// The new one is there and used; the next start removes the old one.
+		e.log.Error("the old base template is not removed yet", "name", b.Name, "err", err)
+	}
+	return nil
 }
 
-// importDisk returns the base's disk image, and the manifest that it takes
-// the place of.
-func (e *Engine) importDisk(ctx context.Context, b BaseFiles, progress func(done, total int64)) (old, disk format.ID, err error) {
-	e.mu.Lock()
-	id, known := e.names[b.Name]
-	e.mu.Unlock()
-	if known {
-		m, err := e.opts.Store.Manifest(id)
+// importing reads a base's disk into the store.
+type importing struct {
+	e        *Engine
+	base     BaseFiles
+	progress func(done, total int64)
+
+	old   format.ID // the manifest that it takes the place of
+	id    format.ID // the manifest that was committed
+	image *snapshot.Writer
+	made  bool
+}
+
+func (im *importing) steps() []step {
+	return append([]step{{name: "read_rootfs", do: im.read}, {name: "commit", do: im.commit}}, im.replaceSteps()...)
+}
+
+func (im *importing) replaceSteps() []step {
+	return []step{
+		{name: "delete_old", do: func(ctx context.Context) error {
+			if im.old.IsZero() {
+				return nil
+			}
+			return im.e.deleteManifest(ctx, im.old)
+		}},
+		{name: "sweep", do: im.e.sweep},
+	}
+}
+
+// importBase imports what the store does not have, and lets Create use it.
+func (e *Engine) importBase(ctx context.Context, im *importing) error {
+	e.storeUse.RLock()
+	defer e.storeUse.RUnlock()
+	b := im.base
+	disk, err := im.find()
+	if err != nil {
+		return err
+	}
+	if disk.IsZero() {
+		err := e.perform(ctx, OpImport, e.newPhases(), im.steps()[:2])
+		if err != nil && !im.id.IsZero() {
+			err = errors.Join(err, e.deleteManifest(ctx, im.id))
+		}
+		if im.image != nil {
+			// After the commit Abort leaves what the manifest names.
+			err = errors.Join(err, im.image.Abort())
+		}
 		if err != nil {
-			return old, disk, err
+			return err
 		}
-		if m.Kind != snapshot.KindBase {
-			return old, disk, fmt.Errorf("a snapshot %w under that name", ErrExists)
-		}
-		var note baseNote
-		if json.Unmarshal(m.Annotations, &note) == nil && note.Digest == b.Digest {
-			return old, m.Disk.ID, nil
-		}
-		old = id
+		e.settleName(b.Name, im.id, true)
+		disk, im.made = im.image.ID(), true
 	}
-	image, err := e.readRootfs(ctx, b.Rootfs, progress)
-	if err != nil {
-		return old, disk, err
+	e.mu.Lock()
+	e.bases[b.Name] = Base{Name: b.Name, Disk: disk, Kernel: b.Kernel, Initrd: b.Initrd, KernelDigest: b.KernelDigest}
+	e.mu.Unlock()
+	return nil
+}
+
+// find returns the disk of the same base, imported before; zero if there is
+// none.
+func (im *importing) find() (disk format.ID, err error) {
+	e := im.e
+	e.mu.Lock()
+	id, known := e.names[im.base.Name]
+	e.mu.Unlock()
+	if !known {
+		return disk, nil
 	}
-	// After the commit Abort leaves what the manifest names.
-	defer func() { err = errors.Join(err, image.Abort()) }()
-	note, err := json.Marshal(baseNote{Digest: b.Digest})
+	m, err := e.opts.Store.Manifest(id)
 	if err != nil {
-		return old, disk, err
+		return disk, err
 	}
-	txn, err := e.opts.Store.Begin()
+	if m.Kind != snapshot.KindBase {
+		return disk, fmt.Errorf("a snapshot %w under that name", ErrExists)
+	}
+	var note baseNote
+	if json.Unmarshal(m.Annotations, &note) == nil && note.Digest == im.base.Digest {
+		return m.Disk.ID, nil
+	}
+	im.old = id
+	return disk, nil
+}
+
+func (im *importing) read(ctx context.Context) (err error) {
+	im.image, err = im.e.readRootfs(ctx, im.base.Rootfs, im.progress)
+	return err
+}
+
+func (im *importing) commit(ctx context.Context) (err error) {
+	note, err := json.Marshal(baseNote{Digest: im.base.Digest})
 	if err != nil {
-		return old, disk, err
+		return err
+	}
+	txn, err := im.e.opts.Store.Begin()
+	if err != nil {
+		return err
 	}
 	defer func() { err = errors.Join(err, txn.Abort()) }()
 	m := snapshot.Manifest{
-		Name: b.Name, Kind: snapshot.KindBase, CreatedAt: e.opts.Now().UTC(), Disk: snapshot.ImageRef{ID: image.ID()},
-		VMM: snapshot.VMMInfo{KernelDigest: b.KernelDigest}, Annotations: note,
+		Name: im.base.Name, Kind: snapshot.KindBase, CreatedAt: im.e.opts.Now().UTC(), Disk: snapshot.ImageRef{ID: im.image.ID()},
+		VMM: snapshot.VMMInfo{KernelDigest: im.base.KernelDigest}, Annotations: note,
 	}
 	if err := txn.Commit(ctx, m); err != nil {
-		return old, disk, err
+		return err
 	}
-	e.settleName(b.Name, txn.ID(), true)
-	return old, image.ID(), nil
+	im.id = txn.ID()
+	return nil
 }
 
 func (e *Engine) readRootfs(ctx context.Context, path string, progress func(done, total int64)) (*snapshot.Writer, error) {
@@ -167,14 +227,37 @@ func (e *Engine) DeleteSnapshot(ctx context.Context, name string) error {
 	if !known {
 		return fmt.Errorf("snapshot %q: %w", name, ErrNotFound)
 	}
-	m, merr := e.opts.Store.Manifest(id)
-	if err := e.opts.Store.Delete(ctx, id); err != nil {
-		e.settleName(name, id, true)
+	d := &deleting{e: e, id: id}
+	if err := e.perform(ctx, OpDeleteSnapshot, e.newPhases(), d.steps()); err != nil {
+		if _, there := e.opts.Store.Manifest(id); there == nil {
+			e.settleName(name, id, true)
+		}
 		return fmt.Errorf("delete snapshot %q: %w", name, err)
 	}
-	var err error
-	if merr == nil {
-		err = e.dropImage(ctx, m.Memory.ID)
+	return nil
+}
+
+// deleting removes a named snapshot.
+type deleting struct {
+	e  *Engine
+	id format.ID
+}
+
+func (d *deleting) steps() []step {
+	var memory format.ID
+	return []step{
+		{name: "delete_manifest", do: func(ctx context.Context) error {
+			if m, err := d.e.opts.Store.Manifest(d.id); err == nil { // else it is damaged: it can go
+				memory = m.Memory.ID
+			}
+			return d.e.opts.Store.Delete(ctx, d.id)
+		}},
+		{name: "drop_image", do: func(ctx context.Context) error {
+			if memory.IsZero() {
+				return nil
+			}
+			return d.e.dropImage(ctx, memory)
+		}},
+		{name: "sweep", do: d.e.sweep},
 	}
-	return errors.Join(err, e.sweep(ctx))
 }

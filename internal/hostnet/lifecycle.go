@@ -180,9 +180,10 @@ func (p *Pool) repair(n int) (*Slot, error) {
 	return p.slot(w), nil
 }
 
-// Sweep destroys the slots that nobody adopted; their numbers are used again.
-// Call it when all Adopts are done.
-func (p *Pool) Sweep(ctx context.Context) error {
+// Sweep destroys the slots that nobody adopted, but those in keep, which will
+// be adopted later; the numbers of the others are used again. Call it when all
+// other Adopts are done.
+func (p *Pool) Sweep(ctx context.Context, keep ...int) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("sweep network slots: %w", context.Cause(ctx))
 	}
@@ -190,10 +191,13 @@ func (p *Pool) Sweep(ctx context.Context) error {
 	var all []int
 	if !p.closed {
 		for n := range p.orphans {
+			if slices.Contains(keep, n) {
+				continue
+			}
 			all = append(all, n)
 			p.pending[n] = true
+			delete(p.orphans, n)
 		}
-		clear(p.orphans)
 		p.wg.Add(1)
 		defer p.wg.Done()
 	}

@@ -102,6 +102,33 @@ func (f *Fake) End(id string, r vmm.Reason) error {
 	return vm.end(context.Background(), r)
 }
 
+// FakeStatus is a live machine, whoever has a handle on it.
+type FakeStatus struct {
+	ID      string
+	PID     int
+	Running bool // its guest is not stopped
+}
+
+// Machines returns the live machines, in no order.
+func (f *Fake) Machines() []FakeStatus {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []FakeStatus
+	for _, vm := range f.vms {
+		if !vm.ended() && lives(vm.rec.PID) {
+			out = append(out, FakeStatus{ID: vm.rec.ID, PID: vm.rec.PID, Running: vm.running.Load()})
+		}
+	}
+	return out
+}
+
+// lives tells whether a child of ours has not ended, seen or not.
+func lives(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, state, ok := strings.Cut(string(b), ") ")
+	return err == nil && ok && !strings.HasPrefix(state, "Z") && !strings.HasPrefix(state, "X")
+}
+
 func (f *Fake) enter(method, id string) error {
 	f.mu.Lock()
 	f.calls = append(f.calls, method+" "+id)
@@ -215,6 +242,16 @@ func (f *Fake) Adopt(ctx context.Context, r vmm.Record) (vmm.Machine, error) {
 	return &fakeMachine{f: f, vm: vm}, nil
 }
 
+// program is what the child runs: sleep, under the name and path by which a
+// VMM process is told from others when no journal has its number.
+func (f *Fake) program(dir string) (string, error) {
+	path := filepath.Join(dir, "qemu-system-fake")
+	if err := os.Symlink("/bin/sleep", path); err != nil && !errors.Is(err, os.ErrExist) {
+		return "", fmt.Errorf("name the fake's process: %w", err)
+	}
+	return path, nil
+}
+
 func (f *Fake) start(h vmm.HostArgs, s vmm.Spec) (*fakeVM, error) {
 	boot, err := vmm.BootID()
 	if err != nil {
@@ -238,7 +275,13 @@ func (f *Fake) start(h vmm.HostArgs, s vmm.Spec) (*fakeVM, error) {
 	if h.UffdDev != nil {
 		files, uffd = append(files, h.UffdDev), 4
 	}
-	p, err := vmm.StartProcess(vmm.ProcessSpec{Args: []string{"/bin/sleep", "infinity"}, Dir: "/", Stderr: log, Files: files})
+	program, err := f.program(h.Dir)
+	if err != nil {
+		log.Close()
+		mem.Close()
+		return nil, err
+	}
+	p, err := vmm.StartProcess(vmm.ProcessSpec{Args: []string{program, "infinity"}, Dir: "/", Stderr: log, Files: files})
 	if err != nil {
 		log.Close()
 		mem.Close()
