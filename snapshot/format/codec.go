@@ -221,7 +221,7 @@ func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings
 		}
 		return Mappings{}, nil
 	}
-	out := make([]Mapping, n)
+	out := make([]packed, n)
 	next := make([]uint64, len(builds))
 	uses := make([]int, len(builds))
 	r := [columns]reader{{b: cols[0]}, {b: cols[1]}, {b: cols[2]}, {b: cols[3]}}
@@ -232,14 +232,16 @@ func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings
 			return Mappings{}, rowError(&r, i, gap, length, build, len(builds))
 		}
 		m := Mapping{Start: end + gap, Length: length + 1, Build: uint32(build), Offset: next[build] + unzigzag(offset)}
-		// A wrapped sum cannot pass Validate: offsets there are below MaxBlocks.
 		next[build] = m.Offset + m.Length
 		end = m.Start + m.Length
 		if end > MaxBlocks {
 			return Mappings{}, fieldErr(columnNames[colGap], "value %d ends beyond the limit of %d blocks", i, uint64(MaxBlocks))
 		}
+		if !m.fits() {
+			return Mappings{}, offsetError(i, m, builds)
+		}
 		uses[build]++
-		out[i] = m
+		out[i] = m.pack()
 	}
 	for i := range r {
 		if r[i].bad {
@@ -249,7 +251,7 @@ func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings
 			return Mappings{}, fieldErr(columnNames[i], "%d bytes are left over", len(r[i].b)-r[i].at)
 		}
 	}
-	l := NewMappings(out...)
+	l := inLeaves(out)
 	l.uses = uses
 	return l, nil
 }

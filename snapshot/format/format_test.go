@@ -423,7 +423,7 @@ func TestMergeSharesWhatItKeeps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const whole = 100_000 * 32
+	const whole = 100_000 * 16 // packed
 	if n := after.TotalAlloc - before.TotalAlloc; n > whole/8 {
 		t.Fatalf("%d bytes allocated for one block in an image of %d bytes of mappings", n, whole)
 	}
@@ -488,4 +488,61 @@ func TestMergesOfMergesEqualOracle(t *testing.T) {
 		}
 		checkRuns(t, h, want)
 	})
+}
+
+// What a mapping may be fits into its packed form, to the last value.
+func TestPackingKeepsEveryMapping(t *testing.T) {
+	ends := func(limit uint64) []uint64 { return []uint64{0, 1, 255, 256, limit / 3, limit - 2, limit - 1} }
+	for _, start := range ends(MaxBlocks) {
+		for _, length := range ends(MaxBlocks) {
+			for _, build := range ends(MaxBuilds) {
+				for _, offset := range ends(MaxBlocks) {
+					m := Mapping{Start: start, Length: length + 1, Build: uint32(build), Offset: offset}
+					if !m.fits() || m.pack().mapping() != m {
+						t.Fatalf("%+v became %+v", m, m.pack().mapping())
+					}
+				}
+			}
+		}
+	}
+	for _, m := range []Mapping{{Start: MaxBlocks, Length: 1}, {}, {Length: MaxBlocks + 1}, {Length: 1, Build: MaxBuilds}, {Length: 1, Offset: MaxBlocks}} {
+		if m.fits() {
+			t.Errorf("%+v fits", m)
+		}
+		// Validate sees it as it was given.
+		if l := NewMappings(m); l.Len() != 1 || !l.Equal(NewMappings(m)) || l.Equal(NewMappings(Mapping{Length: 1})) {
+			t.Errorf("%+v is not kept", m)
+		}
+	}
+}
+
+// The index divides the image evenly; mappings lie in heaps.
+func TestLookupInHeaps(t *testing.T) {
+	var ms []Mapping
+	at := uint64(5)
+	for heap := range 6 {
+		for range []int{1, 40, 3000}[heap%3] {
+			ms = append(ms, Mapping{Start: at, Length: 1 + at%3, Offset: at})
+			at += 3 + at%2
+		}
+		at += []uint64{7, 1 << 30, 100_000}[heap%3]
+	}
+	h := &Header{Size: int64(at+10) * BlockSize, Mappings: NewMappings(ms...)}
+	for i, m := range ms {
+		for _, block := range []uint64{m.Start, m.End() - 1} {
+			if got, kind, run := h.Lookup(block); kind != Data || got != m || run != m.End()-block {
+				t.Fatalf("block %d is %v of %+v, run %d; want mapping %d, %+v", block, kind, got, run, i, m)
+			}
+		}
+		next := h.Blocks()
+		if i+1 < len(ms) {
+			next = ms[i+1].Start
+		}
+		if _, kind, run := h.Lookup(m.End()); m.End() < next && (kind != Zero || run != next-m.End()) {
+			t.Fatalf("block %d, after mapping %d, is %v, run %d; want zero, %d", m.End(), i, kind, run, next-m.End())
+		}
+	}
+	if _, kind, run := h.Lookup(0); kind != Zero || run != ms[0].Start {
+		t.Fatalf("block 0 is %v, run %d", kind, run)
+	}
 }

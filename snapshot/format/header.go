@@ -169,7 +169,7 @@ func (h *Header) validateMappings() error {
 			return fieldErr(fmt.Sprintf("mappings[%d].build", i), "%d is not in the table of %d builds", m.Build, len(h.Builds))
 		}
 		if n := h.Builds[m.Build].Blocks; m.Offset >= n || m.Length > n-m.Offset {
-			return fieldErr(fmt.Sprintf("mappings[%d].offset", i), "%d+%d is outside the build's %d blocks", m.Offset, m.Length, n)
+			return offsetError(i, m, h.Builds)
 		}
 		used[m.Build] = true
 		end = m.Start + m.Length
@@ -180,6 +180,10 @@ func (h *Header) validateMappings() error {
 		}
 	}
 	return nil
+}
+
+func offsetError(i int, m Mapping, builds []BuildRef) error {
+	return fieldErr(fmt.Sprintf("mappings[%d].offset", i), "%d+%d is outside the build's %d blocks", m.Offset, m.Length, builds[m.Build].Blocks)
 }
 
 // rangeError words what validateMappings found, off its fast path.

@@ -106,7 +106,7 @@ type merger struct {
 	hasRest bool
 
 	out  Mappings
-	slab []Mapping // own mappings; those from open on are in no leaf yet
+	slab []packed // own mappings; those from open on are in no leaf yet
 	open int
 }
 
@@ -116,8 +116,8 @@ func newMerger(base *Mappings, builds, extents int) *merger {
 	// An extent ends one leaf, begins another, and may cut a third in two.
 	leaves := len(base.leaves) + 2*extents + 1
 	g.out.starts = make([]uint64, 0, leaves)
-	g.out.leaves = make([][]Mapping, 0, leaves)
-	g.slab = make([]Mapping, 0, 4*extents+1)
+	g.out.leaves = make([][]packed, 0, leaves)
+	g.slab = make([]packed, 0, 4*extents+1)
 	return g
 }
 
@@ -180,7 +180,7 @@ func (g *merger) share(block uint64) {
 		return
 	}
 	// The last leaf of which some, but perhaps not all, is before the block.
-	last := max(g.at.leaf, g.base.leafOf(block, g.at.leaf))
+	last := g.base.leafFrom(block, g.at.leaf)
 	if first := g.at.leaf; first < last {
 		g.piece(g.base.leaves[first][g.at.at:])
 		if whole := first + 1; whole < last {
@@ -197,16 +197,16 @@ func (g *merger) share(block uint64) {
 }
 
 // piece takes over a part of a leaf.
-func (g *merger) piece(ms []Mapping) {
-	if len(ms) < minLeaf {
-		for _, m := range ms {
-			g.push(m)
+func (g *merger) piece(ps []packed) {
+	if len(ps) < minLeaf {
+		for _, p := range ps {
+			g.push(p)
 		}
 		return
 	}
 	g.close(0)
-	g.out.starts = append(g.out.starts, ms[0].Start)
-	g.out.leaves = append(g.out.leaves, ms)
+	g.out.starts = append(g.out.starts, ps[0].start())
+	g.out.leaves = append(g.out.leaves, ps)
 }
 
 // add takes a new mapping, or lengthens the last one when it continues that
@@ -215,23 +215,24 @@ func (g *merger) piece(ms []Mapping) {
 // the last new one can.
 func (g *merger) add(m Mapping) {
 	if len(g.slab) > g.open {
-		l := &g.slab[len(g.slab)-1]
+		l := g.slab[len(g.slab)-1].mapping()
 		if l.Build == m.Build && l.End() == m.Start && l.Offset+l.Length == m.Offset {
 			l.Length += m.Length
+			g.slab[len(g.slab)-1] = l.pack()
 			return
 		}
 	}
 	g.out.uses[m.Build]++
-	g.push(m)
+	g.push(m.pack())
 }
 
-func (g *merger) push(m Mapping) {
+func (g *merger) push(p packed) {
 	if len(g.slab) == cap(g.slab) {
 		// Closed leaves keep the old slab.
-		next := make([]Mapping, 0, max(cap(g.slab), 2*maxLeaf))
+		next := make([]packed, 0, max(cap(g.slab), 2*maxLeaf))
 		g.slab, g.open = append(next, g.slab[g.open:]...), 0
 	}
-	g.slab = append(g.slab, m)
+	g.slab = append(g.slab, p)
 	if len(g.slab)-g.open > maxLeaf {
 		g.close(1) // the last one may still be joined
 	}
@@ -243,7 +244,7 @@ func (g *merger) close(keep int) {
 	if end <= g.open {
 		return
 	}
-	g.out.starts = append(g.out.starts, g.slab[g.open].Start)
+	g.out.starts = append(g.out.starts, g.slab[g.open].start())
 	g.out.leaves = append(g.out.leaves, g.slab[g.open:end:end])
 	g.open = end
 }
@@ -253,6 +254,7 @@ func (g *merger) finish() Mappings {
 	for _, u := range g.out.uses {
 		g.out.n += u
 	}
+	g.out.makeIndex()
 	return g.out
 }
 
@@ -284,11 +286,11 @@ func (h *Header) dropUnused() {
 	if first == len(renumber)-1 {
 		return // the last one: no number changes
 	}
-	ms := make([]Mapping, 0, h.Mappings.n)
+	ps := make([]packed, 0, h.Mappings.n)
 	for _, m := range h.Mappings.All() {
 		m.Build = renumber[m.Build]
-		ms = append(ms, m)
+		ps = append(ps, m.pack())
 	}
-	h.Mappings = NewMappings(ms...)
+	h.Mappings = inLeaves(ps)
 	h.Mappings.uses = keptUses
 }
