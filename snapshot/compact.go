@@ -92,7 +92,7 @@ func (s *Store) compactOnce(ctx context.Context, img *Image, r *CompactionReport
 		if !p.Needed() {
 			return format.ID{}, nil
 		}
-		c = &compactionFile{Version: compactionVersion, From: h.Build, Rewrite: p.Rewrite}
+		c = newCompaction(&p)
 	}
 	if !c.built() {
 		if err := s.aim(c); err != nil {
@@ -137,7 +137,7 @@ func (s *Store) buildCompacted(ctx context.Context, img *Image, c *compactionFil
 	s.mu.Unlock()
 	err := w.create()
 	if err == nil {
-		err = copyBuilds(ctx, img, w, c.Rewrite)
+		err = copySelected(ctx, img, w, c)
 	}
 	if err == nil {
 		_, err = w.Finish(ctx)
@@ -176,17 +176,17 @@ func (s *Store) planUnknown(c *compactionFile, w *Writer, cause error) error {
 	return cause
 }
 
-// copyBuilds copies every block that img shows of the builds, in the order of
+// copySelected copies every block that the plan wants copied, in the order of
 // the image, so that what is adjacent there becomes adjacent in the storage.
-func copyBuilds(ctx context.Context, img *Image, w *Writer, builds []format.ID) error {
+func copySelected(ctx context.Context, img *Image, w *Writer, c *compactionFile) error {
 	h := img.Header()
-	rewrite := make([]bool, len(h.Builds))
+	sel := selection{builds: make([]bool, len(h.Builds)), pieces: c.Pieces}
 	for i, b := range h.Builds {
-		rewrite[i] = slices.Contains(builds, b.ID)
+		sel.builds[i] = slices.Contains(c.Rewrite, b.ID)
 	}
 	buf := make([]byte, 1<<20)
-	for _, m := range h.Mappings.All() {
-		if !rewrite[m.Build] {
+	for m, copied := range sel.parts(h) {
+		if !copied {
 			continue
 		}
 		for off, end := int64(m.Start)*blockSize, int64(m.End())*blockSize; off < end; {

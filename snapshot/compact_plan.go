@@ -21,7 +21,14 @@ type CompactionPolicy struct {
 	// MaxFragments is how many mappings an image may have; default 65,536. An
 	// image with more runs of data than half of that may have two for each.
 	MaxFragments int
+	// MaxPieces is in how many pieces of storage the 64 KiB that one page fault
+	// reads may lie, on average over the image; default 2. Each costs a call to
+	// the kernel. An image of less than 256 pieces in all is left as it is.
+	MaxPieces float64
 }
+
+// fewPieces is what MaxPieces does not look at.
+const fewPieces = 256
 
 func (p CompactionPolicy) withDefaults() CompactionPolicy {
 	if p.MaxBuilds <= 0 {
@@ -29,6 +36,9 @@ func (p CompactionPolicy) withDefaults() CompactionPolicy {
 	}
 	if p.MaxFragments <= 0 {
 		p.MaxFragments = 1 << 16
+	}
+	if p.MaxPieces < 1 {
+		p.MaxPieces = 2
 	}
 	return p
 }
@@ -41,17 +51,19 @@ type CompactionPlan struct {
 	// Urgent: it reads from more than twice the builds that it may. Who makes
 	// images faster than they are compacted waits for Compact then.
 	Urgent bool
-	// Rewrite lists the builds whose blocks would be copied into a new one;
-	// empty: the image is inside of its bounds.
-	Rewrite         []format.ID
-	Blocks          uint64 // that would be copied
+	// Rewrite lists the builds whose blocks would be copied into a new one.
+	Rewrite []format.ID
+	// Pieces is for clusters of 64 KiB: those in more pieces would be copied,
+	// too. 0: none.
+	Pieces          int
+	Blocks          uint64 // that would be copied; 0: the image is inside of its bounds
 	BuildsAfter     int
 	FragmentsAfter  int
 	fragmentsNeeded int // of an image in one build
 }
 
 // Needed reports whether there is something to do.
-func (p *CompactionPlan) Needed() bool { return len(p.Rewrite) > 0 }
+func (p *CompactionPlan) Needed() bool { return p.Blocks > 0 }
 
 // PlanCompaction tells what the store's policy wants done to an image. It
 // changes nothing.
@@ -88,19 +100,42 @@ func planCompaction(h *format.Header, policy CompactionPolicy) CompactionPlan {
 		end = m.End()
 	}
 	p.BuildsAfter, p.FragmentsAfter = p.Builds, p.Fragments
-	tooMany := p.Builds > policy.MaxBuilds
 	p.Urgent = p.Builds > 2*policy.MaxBuilds
-	if !tooMany && (p.Fragments <= policy.MaxFragments || p.Fragments <= 2*p.fragmentsNeeded) {
+	sel := selection{builds: make([]bool, len(h.Builds))}
+	now := sel.layout(h)
+	tooMany := p.Builds > policy.MaxBuilds
+	tooScattered := p.Fragments > policy.MaxFragments && p.Fragments > 2*p.fragmentsNeeded
+	if !tooMany && !tooScattered && !policy.tooManyPieces(now) {
 		return p
 	}
-	victims := make([]bool, len(h.Builds))
 	if tooMany {
-		chooseSmall(h, use, victims, policy.MaxBuilds/2)
+		chooseSmall(h, use, sel.builds, policy.MaxBuilds/2)
 	}
 	wanted := max(policy.MaxFragments/2, p.fragmentsNeeded+p.fragmentsNeeded/2)
-	chooseScattered(h, use, victims, wanted)
-	p.describe(h, use, victims)
+	chooseScattered(h, use, sel.builds, wanted)
+	p.Pieces = choosePieces(h, sel, policy)
+	sel.pieces = p.Pieces
+	p.describe(h, now, sel)
 	return p
+}
+
+func (p CompactionPolicy) tooManyPieces(l layout) bool {
+	return l.pieces > fewPieces && float64(l.pieces) > p.MaxPieces*float64(l.clusters)
+}
+
+// choosePieces returns from how many pieces on a cluster is copied, so that
+// the least is copied that brings the average down to the middle between what
+// is allowed and the best: it shall not be too high again with the next image.
+func choosePieces(h *format.Header, sel selection, policy CompactionPolicy) int {
+	if !policy.tooManyPieces(sel.layout(h)) {
+		return 0
+	}
+	for _, sel.pieces = range []int{12, 8, 6, 5, 4, 3, 2} {
+		if l := sel.layout(h); float64(l.pieces) <= (1+policy.MaxPieces)/2*float64(l.clusters) {
+			return sel.pieces
+		}
+	}
+	return 1
 }
 
 // chooseSmall marks the builds of which the image shows the least, so that
@@ -142,42 +177,25 @@ func chooseScattered(h *format.Header, use []buildUse, victims []bool, wanted in
 		return int(a.index) - int(b.index)
 	})
 	for _, u := range sorted {
-		if fragmentsAfter(h, victims) <= wanted {
+		if (selection{builds: victims}).layout(h).fragments <= wanted {
 			return
 		}
 		victims[u.index] = true
 	}
 }
 
-// fragmentsAfter counts the mappings when the victims' blocks lie in a new
-// build, in the order of the image.
-func fragmentsAfter(h *format.Header, victims []bool) int {
-	n := 0
-	var end uint64
-	open := false // the last mapping is of a victim
-	for _, m := range h.Mappings.All() {
-		if !victims[m.Build] || !open || m.Start != end {
-			n++
-		}
-		open, end = victims[m.Build], m.End()
+func (p *CompactionPlan) describe(h *format.Header, now layout, sel selection) {
+	after := sel.layout(h)
+	if after.builds >= now.builds && after.fragments >= now.fragments && after.pieces >= now.pieces {
+		p.Pieces = 0
+		return // nothing would be won
 	}
-	return n
-}
-
-func (p *CompactionPlan) describe(h *format.Header, use []buildUse, victims []bool) {
-	for i, v := range victims {
+	for i, v := range sel.builds {
 		if v {
 			p.Rewrite = append(p.Rewrite, h.Builds[i].ID)
-			p.Blocks += use[i].live
 		}
 	}
-	p.FragmentsAfter = fragmentsAfter(h, victims)
-	p.BuildsAfter = p.Builds - len(p.Rewrite) + 1
-	if p.BuildsAfter >= p.Builds && p.FragmentsAfter >= p.Fragments {
-		// Nothing would be won.
-		p.Rewrite, p.Blocks = nil, 0
-		p.BuildsAfter, p.FragmentsAfter = p.Builds, p.Fragments
-	}
+	p.Blocks, p.BuildsAfter, p.FragmentsAfter = after.copied, after.builds, after.fragments
 }
 
 // compactionFile is images/<id>/compaction: the plan for an image, and when
@@ -187,14 +205,31 @@ type compactionFile struct {
 	From         format.ID   `json:"from"`
 	To           format.ID   `json:"to"`
 	Rewrite      []format.ID `json:"rewrite"`
-	HeaderSHA256 string      `json:"header_sha256"` // of To; empty: not built yet
+	Pieces       int         `json:"pieces,omitempty"` // since version 2
+	HeaderSHA256 string      `json:"header_sha256"`    // of To; empty: not built yet
 }
 
+// Versions of the file; the list is append-only. A reader that meets a later
+// one makes the plan anew.
 const (
-	compactionVersion = 1
+	compactionVersion1 = 1 // whole builds alone
+	compactionVersion2 = 2 // and clusters in many pieces
+)
+
+const (
 	compactionName    = "compaction"
 	maxCompactionFile = 64 * format.MaxBuilds
 )
+
+// newCompaction returns the file of a plan, in the oldest version that can say
+// it.
+func newCompaction(p *CompactionPlan) *compactionFile {
+	c := &compactionFile{Version: compactionVersion1, From: p.Image, Rewrite: p.Rewrite, Pieces: p.Pieces}
+	if c.Pieces > 0 {
+		c.Version = compactionVersion2
+	}
+	return c
+}
 
 func (c *compactionFile) built() bool { return c.HeaderSHA256 != "" }
 
@@ -233,8 +268,10 @@ func decodeCompaction(b []byte) (*compactionFile, error) {
 	switch same, err := encodeCompaction(&c); {
 	case err != nil || !bytes.Equal(same, b):
 		return nil, errors.New("compaction: the file is not in the form in which it was written")
-	case c.Version != compactionVersion:
-		return nil, fmt.Errorf("compaction: version: %d is not known, want %d", c.Version, compactionVersion)
+	case c.Version != compactionVersion1 && c.Version != compactionVersion2:
+		return nil, fmt.Errorf("compaction: version: %d is not known, want %d or %d", c.Version, compactionVersion1, compactionVersion2)
+	case c.Pieces < 0 || c.Pieces > clusterBlocks || c.Pieces > 0 && c.Version == compactionVersion1:
+		return nil, fmt.Errorf("compaction: pieces: %d is not in 0…%d, or not for version %d", c.Pieces, clusterBlocks, c.Version)
 	case c.To.IsZero() || c.To == c.From:
 		return nil, errors.New("compaction: to: is no other image")
 	case c.built() && !isDigest(c.HeaderSHA256):
