@@ -125,7 +125,11 @@ func (s *Service) settle(ctx context.Context, r Sandbox, h HostSandbox, known bo
 		}
 		release()
 		// Not an error of the look: the host is asked again later.
-		if err := s.finishDelete(ctx, r.ID); err != nil {
+		err := s.finishDelete(ctx, r.ID)
+		if CodeOf(err) == CodeNotFound {
+			return false, nil // Whoever was at it before us has finished it since the rows were read.
+		}
+		if err != nil {
 			s.log.WarnContext(ctx, "finish a delete", "sandbox", r.ID, "err", err)
 			return true, nil
 		}
