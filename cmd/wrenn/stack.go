@@ -128,7 +128,8 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	}
 	e, err := engine.New(ctx, engine.Options{
 		Disks: disks, Dir: o.dir, Store: snapshots, Driver: driver, Network: engine.HostNetwork(pool), Pager: keeper.Client(),
-		MemoryLimitMB: o.memoryLimit, Cmdline: "wrenn.dns=" + o.dns, Logger: s.log,
+		MemoryLimitMB: o.memoryLimit, VCPULimit: o.vcpuLimit, MinFreeDisk: lowWater(o),
+		Cmdline: "wrenn.dns=" + o.dns, Logger: s.log,
 	})
 	if err != nil {
 		return fmt.Errorf("start the engine: %w", err)
@@ -319,6 +320,18 @@ func (s *stack) closeAll() error {
 	}
 	s.closers = nil
 	return errors.Join(errs...)
+}
+
+// lowWater is the free disk, bytes, below which nothing new is begun.
+func lowWater(o upOptions) int64 {
+	if o.minFreeDisk >= 0 {
+		return o.minFreeDisk << 20
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(o.dir, &st); err != nil {
+		return 0
+	}
+	return min(int64(st.Blocks)*st.Bsize/20, 2<<30)
 }
 
 func hostMemoryMB() int {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -24,6 +25,8 @@ type upOptions struct {
 	driver      string
 	onExit      string
 	memoryLimit int
+	vcpuLimit   int
+	minFreeDisk int64 // MiB; -1 is the default
 	limits      httpapi.Limits
 	pool        int
 	addresses   string
@@ -70,6 +73,8 @@ func newUpCmd() *cobra.Command {
 	f.StringVar(&o.driver, "driver", driverAuto, "what runs the VMs: auto, qemu or firecracker")
 	f.StringVar(&o.onExit, "on-exit", onExitLeave, "running sandboxes at a planned end: leave, pause or destroy")
 	f.IntVar(&o.memoryLimit, "memory-limit", 0, "MiB of RAM for all running sandboxes together (default: 90 % of this machine's)")
+	f.IntVar(&o.vcpuLimit, "vcpu-limit", 0, "virtual CPUs of all running sandboxes together (default: 32 for each CPU of this machine)")
+	f.Int64Var(&o.minFreeDisk, "min-free-disk", -1, "MiB of disk below which no sandbox is started and no snapshot made; 0 is no bound (default: 5 % of the disk, at most 2048)")
 	f.Float64Var(&o.limits.PerSecond, "rate-limit", httpapi.DefaultLimits.PerSecond, "requests a second for each API key, twice as many at once; -1 is no limit")
 	f.IntVar(&o.limits.Concurrent, "max-requests", httpapi.DefaultLimits.Concurrent, "requests under way for each API key; -1 is no limit")
 	f.IntVar(&o.pool, "network-pool", 4, "network slots to keep prepared")
@@ -122,6 +127,15 @@ func (o *upOptions) check() error {
 	}
 	if o.memoryLimit < 0 {
 		return usagef("--memory-limit %d: want a number of MiB", o.memoryLimit)
+	}
+	if o.vcpuLimit < 0 {
+		return usagef("--vcpu-limit %d: want a number of virtual CPUs", o.vcpuLimit)
+	}
+	if o.minFreeDisk < -1 || o.minFreeDisk > 1<<30 {
+		return usagef("--min-free-disk %d: want a number of MiB, or 0 for no bound", o.minFreeDisk)
+	}
+	if o.vcpuLimit == 0 {
+		o.vcpuLimit = 32 * runtime.NumCPU()
 	}
 	if o.memoryLimit == 0 {
 		o.memoryLimit = hostMemoryMB() * 9 / 10

@@ -88,9 +88,15 @@ type Options struct {
 	Pager   pager.Client
 	// Disks is needed where the driver keeps memory to itself.
 	Disks Disks
-	// MemoryLimitMB bounds the RAM of all running sandboxes together; 0 is
-	// no bound.
-	MemoryLimitMB int
+	// MemoryLimitMB bounds the RAM, and VCPULimit the virtual CPUs, of all
+	// running sandboxes together; 0 is no bound.
+	MemoryLimitMB, VCPULimit int
+	// MinFreeDisk is the low-water mark: with fewer bytes free below Dir, no
+	// sandbox is started and no snapshot made, so that what runs can still be
+	// paused. 0 is no bound.
+	MinFreeDisk int64
+	// DiskFree tells the bytes free below Dir; nil asks the file system.
+	DiskFree func() (int64, error)
 	// Cmdline is added to the guest kernel's command line.
 	Cmdline string
 	Logger  *slog.Logger
@@ -126,6 +132,7 @@ type Engine struct {
 	bases     map[string]Base
 	watchers  map[chan Event]bool
 	tidying   map[*sandbox]bool
+	starting  map[*sandbox]bool // admitted, and not in the state yet
 }
 
 // Base is a template that boots.
@@ -172,6 +179,9 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
+	if opts.DiskFree == nil {
+		opts.DiskFree = func() (int64, error) { return freeBelow(opts.Dir) }
+	}
 	if opts.RetryAfter == 0 {
 		opts.RetryAfter = time.Second
 	}
@@ -193,6 +203,7 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 		bases:     map[string]Base{},
 		watchers:  map[chan Event]bool{},
 		tidying:   map[*sandbox]bool{},
+		starting:  map[*sandbox]bool{},
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	if err := e.loadNames(); err != nil {

@@ -67,6 +67,10 @@ type runRecord struct {
 	// ChangesLost: a capture began a new list of changed pages in the VMM and
 	// was not committed; the next one needs all of the memory.
 	ChangesLost bool `json:"changes_lost,omitempty"`
+	// KernelDigest is of the kernel that the guest booted with, however many
+	// lives ago; EnvdVersion is what its agent said it is.
+	KernelDigest string `json:"kernel_digest,omitempty"`
+	EnvdVersion  string `json:"envd_version,omitempty"`
 	// VM is absent until the VMM process has been started.
 	VM *vmm.Record `json:"vm,omitempty"`
 }

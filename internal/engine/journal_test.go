@@ -18,7 +18,7 @@ func fullJournal() journal {
 		Envs: map[string]string{"A": "b"}, Annotations: []byte("x"), AccessToken: "t", MachineID: "m",
 		State: Pausing, Error: "e", CreatedAt: at, StartedAt: &at, Manifest: format.ID{1}, Generation: 7, Pending: format.ID{2},
 		Run: &runRecord{Slot: 3, Life: "l", MemoryImage: format.ID{3}, DiskImage: format.ID{4}, LastMemory: format.ID{5},
-			LastDisk: format.ID{6}, RAMAddr: 1 << 46, VM: &vmm.Record{ID: "abc123", Kind: "qemu", PID: 7, StartTime: 8}},
+			LastDisk: format.ID{6}, RAMAddr: 1 << 46, KernelDigest: "k", EnvdVersion: "1.2.3", VM: &vmm.Record{ID: "abc123", Kind: "qemu", PID: 7, StartTime: 8}},
 	}
 }
 

@@ -53,6 +53,7 @@ func (e *Engine) Create(ctx context.Context, spec CreateSpec) (Info, Stats, erro
 		return Info{}, Stats{}, err
 	}
 	defer sb.end()
+	defer e.admitted(sb)
 	op := OpCreate
 	if src.base == nil {
 		op = OpSpawn
@@ -133,28 +134,11 @@ func (e *Engine) addSandbox(spec CreateSpec, src source) (*sandbox, error) {
 	if e.sandboxes[spec.ID] != nil {
 		return nil, fmt.Errorf("sandbox %q %w", spec.ID, ErrExists)
 	}
-	if err := e.admit(spec.MemoryMB); err != nil {
+	if err := e.admit(sb); err != nil {
 		return nil, err
 	}
 	e.sandboxes[spec.ID] = sb
 	return sb, nil
-}
-
-// admit refuses what the host's memory cannot hold. e.mu is held.
-func (e *Engine) admit(mb int) error {
-	if e.opts.MemoryLimitMB == 0 {
-		return nil
-	}
-	used := 0
-	for _, sb := range e.sandboxes {
-		if s := sb.info(); s.State != Paused && s.State != Failed {
-			used += s.MemoryMB
-		}
-	}
-	if used+mb > e.opts.MemoryLimitMB {
-		return fmt.Errorf("%w: the sandbox wants %d MiB, and %d of %d MiB are taken; pause or remove some", ErrNoRoom, mb, used, e.opts.MemoryLimitMB)
-	}
-	return nil
 }
 
 // removeSandbox removes a sandbox's directory and forgets it.
@@ -207,8 +191,8 @@ func (e *Engine) newCapture(sb *sandbox, kind, name string) *capturing {
 	j := sb.journal()
 	return &capturing{e: e, sb: sb, ph: e.newPhases(), own: e.ownMemory(), m: snapshot.Manifest{
 		Name: name, Kind: kind, SandboxID: j.ID, Parent: j.Template, Generation: j.Generation + 1,
-		CreatedAt: e.opts.Now().UTC(), VMM: vmmInfo(e.info, "", j), EnvdVersion: "", NetworkLayout: networkLayout,
-		Annotations: j.Annotations,
+		CreatedAt: e.opts.Now().UTC(), VMM: vmmInfo(e.info, j.Run.KernelDigest, j),
+		EnvdVersion: j.Run.EnvdVersion, NetworkLayout: networkLayout, Annotations: j.Annotations,
 	}}
 }
 
@@ -251,11 +235,12 @@ func (e *Engine) Resume(ctx context.Context, id string, reboot bool) (Info, Stat
 		return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: clear what its last run left: %w", id, err)
 	}
 	e.mu.Lock()
-	err = e.admit(sb.info().MemoryMB)
+	err = e.admit(sb)
 	e.mu.Unlock()
 	if err != nil {
-		return Info{}, Stats{}, err
+		return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: %w", id, err)
 	}
+	defer e.admitted(sb)
 	e.storeUse.RLock()
 	defer e.storeUse.RUnlock()
 	op, src, err := e.resumeSource(sb, reboot)
@@ -355,6 +340,9 @@ func (e *Engine) Snapshot(ctx context.Context, id, name string) (snapshot.Manife
 		return snapshot.Manifest{}, Stats{}, err
 	}
 	defer sb.end()
+	if err := e.diskFor("a snapshot"); err != nil {
+		return snapshot.Manifest{}, Stats{}, err
+	}
 	if err := e.reserve(name); err != nil {
 		return snapshot.Manifest{}, Stats{}, err
 	}

@@ -11,7 +11,6 @@ import (
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
-	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
 
@@ -118,14 +117,6 @@ func ownMemoryOf(pid int) (int64, error) {
 		}
 	}
 	return 0, fmt.Errorf("the kernel does not tell the memory of process %d", pid)
-}
-
-// fits tells, for the user, whether this host can restore a manifest's state.
-func (e *Engine) fits(m snapshot.Manifest) error {
-	if err := e.info.Fits(infoOf(m.VMM)); err != nil {
-		return fmt.Errorf("%w: %w", ErrState, err)
-	}
-	return nil
 }
 
 // jailedIn tells whether a process's root lies below a sandbox's directory: a

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
@@ -134,6 +135,9 @@ func (st *starting) recordResuming(context.Context) error {
 
 func (st *starting) network(ctx context.Context) error {
 	slot, err := st.e.opts.Network.Acquire(ctx, st.sb.id())
+	if errors.Is(err, hostnet.ErrNoSlot) {
+		return fmt.Errorf("%w in the host's network: all slots for sandboxes are taken; pause or remove some sandboxes, or give a larger --network-prefix", ErrNoRoom)
+	}
 	if err != nil {
 		return fmt.Errorf("get a network slot: %w", err)
 	}
@@ -147,7 +151,11 @@ func (st *starting) network(ctx context.Context) error {
 
 func (st *starting) recordRun(context.Context) error {
 	st.rec = runRecord{Slot: st.slot.Index(), Life: randomHex(16), DiskImage: st.src.disk()}
-	if m := st.src.manifest; m != nil {
+	if b := st.src.base; b != nil {
+		st.rec.KernelDigest = b.KernelDigest
+	} else {
+		m := st.src.manifest
+		st.rec.KernelDigest = m.VMM.KernelDigest
 		st.rec.MemoryImage = m.Memory.ID
 		st.rec.LastMemory, st.rec.LastDisk = st.rec.MemoryImage, st.rec.DiskImage
 	}
@@ -248,18 +256,19 @@ func (st *starting) confirm(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	_, err := st.guest.confirm(ctx, st.machine.Done(), st.e.initRequest(st.sb, st.rec.Life, st.src.fork), st.e.opts.Now)
+	said, err := st.guest.confirm(ctx, st.machine.Done(), st.e.initRequest(st.sb, st.rec.Life, st.src.fork), st.e.opts.Now)
 	if err != nil {
 		// A VM that the pager had to kill says more than its silence.
 		return fmt.Errorf("the guest did not confirm its identity: %w",
 			errors.Join(err, st.machine.Err(), st.e.fatalReason(ctx, st.sb.id())))
 	}
+	st.rec.EnvdVersion = knownVersion(said.EnvdVersion)
 	return nil
 }
 
 func (st *starting) recordRunning(context.Context) error {
 	now := st.e.opts.Now().UTC()
-	return st.sb.update(func(j *journal) { j.State, j.Error, j.StartedAt = Running, "", &now })
+	return st.sb.update(func(j *journal) { j.State, j.Error, j.StartedAt, j.Run = Running, "", &now, &st.rec })
 }
 
 // prepare makes the pager serve disk and memory, and opens the guest's RAM as

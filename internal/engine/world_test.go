@@ -483,3 +483,17 @@ func (w *world) clear() {
 		w.t.Errorf("done what must not be: %v", w.Wrong())
 	}
 }
+
+// copyFile fills the state of a transaction.
+func copyFile(txn *snapshot.Txn, path string) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	f, err := txn.StateFile()
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	return err
+}

@@ -86,7 +86,7 @@ func (g *guests) Close() error {
 func (g *guests) Addr() net.Addr { return &net.UnixAddr{Name: "guests", Net: "unix"} }
 
 // EnvdVersion is what fake guests say that their agent is.
-const EnvdVersion = "9.9.9-fake"
+const EnvdVersion = "0.9.9-fake"
 
 func (g *guests) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {

@@ -1,0 +1,73 @@
+package engine
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// admit refuses a sandbox that is to be started where the host has no room for
+// it, naming what is short and what helps. One that is admitted counts from
+// now on, until admitted is called. e.mu is held.
+func (e *Engine) admit(sb *sandbox) error {
+	want := sb.info()
+	memory, vcpus := 0, 0
+	for _, other := range e.sandboxes {
+		if i := other.info(); other != sb && (e.starting[other] || other.holds()) {
+			memory += i.MemoryMB
+			vcpus += i.VCPUs
+		}
+	}
+	if limit := e.opts.MemoryLimitMB; limit > 0 && memory+want.MemoryMB > limit {
+		return fmt.Errorf("%w in the host's memory: the sandbox wants %d MiB, and %d of %d MiB are taken; pause or remove some sandboxes, or raise --memory-limit",
+			ErrNoRoom, want.MemoryMB, memory, limit)
+	}
+	if limit := e.opts.VCPULimit; limit > 0 && vcpus+want.VCPUs > limit {
+		return fmt.Errorf("%w on the host's CPUs: the sandbox wants %d virtual CPUs, and %d of %d are taken; pause or remove some sandboxes, or raise --vcpu-limit",
+			ErrNoRoom, want.VCPUs, vcpus, limit)
+	}
+	if err := e.diskFor("a running sandbox"); err != nil {
+		return err
+	}
+	e.starting[sb] = true
+	return nil
+}
+
+// admitted ends what admit began: the state tells from now on.
+func (e *Engine) admitted(sb *sandbox) {
+	e.mu.Lock()
+	delete(e.starting, sb)
+	e.mu.Unlock()
+}
+
+// holds tells whether a sandbox has a VM, or may have one.
+func (sb *sandbox) holds() bool {
+	j := sb.journal()
+	return j.Run != nil || j.State != Paused && j.State != Failed
+}
+
+// diskFor refuses new work below the low-water mark. A host that cannot tell
+// its free space is not below it.
+func (e *Engine) diskFor(what string) error {
+	if e.opts.MinFreeDisk <= 0 {
+		return nil
+	}
+	free, err := e.opts.DiskFree()
+	if err != nil {
+		e.log.Error("cannot tell how much disk is free", "err", err)
+		return nil
+	}
+	if free < e.opts.MinFreeDisk {
+		return fmt.Errorf("%w on the host's disk for %s: %d MiB are free, and below %d MiB nothing new is begun; remove snapshots or paused sandboxes, or lower --min-free-disk",
+			ErrNoRoom, what, free>>20, e.opts.MinFreeDisk>>20)
+	}
+	return nil
+}
+
+func freeBelow(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, fmt.Errorf("ask for the free space below %s: %w", dir, err)
+	}
+	return int64(st.Bavail) * st.Bsize, nil
+}
