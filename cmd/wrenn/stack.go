@@ -115,7 +115,7 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	}
 	keeper, err := pager.Keep(ctx, pager.KeeperOptions{
 		Command: []string{exe, "pager", "--dir", o.dir, "--socket-gid", strconv.Itoa(user)},
-		Socket:  pagerSocket(o.dir), LogPath: filepath.Join(o.dir, "run", "pager.log"), Logger: s.log,
+		Socket:  pagerSocket(o.dir), LogPath: filepath.Join(o.dir, "run", "pager.log"), Version: version(), Logger: s.log,
 	})
 	if err != nil {
 		return err

@@ -42,6 +42,10 @@ type KeeperOptions struct {
 	Socket  string
 	// LogPath takes what the pager prints.
 	LogPath string
+	// Version is what a pager that Command starts says of itself. One of
+	// another version, which an earlier program left, is replaced: its VMs
+	// wait for a moment and go on. Empty: any pager will do.
+	Version string
 	Logger  *slog.Logger
 }
 
@@ -95,7 +99,12 @@ func (k *Keeper) Close() {
 // Stop ends the watch and the pager. No VM may be left.
 func (k *Keeper) Stop() error {
 	k.Close()
-	fd, err := unix.PidfdOpen(k.PID(), 0)
+	return endPID(context.Background(), k.PID())
+}
+
+// endPID ends a pager and returns when it is gone.
+func endPID(ctx context.Context, pid int) error {
+	fd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
 		return nil
 	}
@@ -106,14 +115,20 @@ func (k *Keeper) Stop() error {
 	if err := unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("end the pager: %w", err)
 	}
-	return waitPidfd(context.Background(), fd)
+	return waitPidfd(ctx, fd)
 }
 
-// ensure returns the pid of a pager that answers.
+// ensure returns the pid of a pager that answers, and is of our version.
 func (k *Keeper) ensure(ctx context.Context) (int, error) {
-	if pid, err := k.ask(ctx); err == nil {
-		k.setPID(pid)
-		return pid, nil
+	if pid, version, err := k.ask(ctx); err == nil {
+		if k.opts.Version == "" || version == k.opts.Version {
+			k.setPID(pid)
+			return pid, nil
+		}
+		k.opts.Logger.Info("replacing the pager of another version", "pid", pid, "version", version)
+		if err := endPID(ctx, pid); err != nil {
+			return 0, fmt.Errorf("replace the pager of version %s: %w", version, err)
+		}
 	}
 	if err := k.spawn(); err != nil {
 		return 0, err
@@ -125,7 +140,7 @@ func (k *Keeper) ensure(ctx context.Context) (int, error) {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		pid, err := k.ask(ctx)
+		pid, _, err := k.ask(ctx)
 		if err == nil {
 			k.setPID(pid)
 			return pid, nil
@@ -138,12 +153,12 @@ func (k *Keeper) ensure(ctx context.Context) (int, error) {
 	}
 }
 
-func (k *Keeper) ask(ctx context.Context) (int, error) {
+func (k *Keeper) ask(ctx context.Context) (pid int, version string, err error) {
 	r, err := k.client.GetStatus(ctx, connect.NewRequest(&pagerv1.GetStatusRequest{}))
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
-	return int(r.Msg.Pid), nil
+	return int(r.Msg.Pid), r.Msg.Version, nil
 }
 
 func (k *Keeper) setPID(pid int) {
@@ -186,12 +201,32 @@ func (k *Keeper) watch(ctx context.Context, pid int) {
 			return
 		}
 		k.opts.Logger.Error("the pager died; starting another", "pid", pid)
-		next, err := k.ensure(ctx)
-		if err != nil {
-			k.opts.Logger.Error("no pager runs: guests stand still", "err", err)
+		if pid = k.replace(ctx); pid == 0 {
 			return
 		}
-		pid = next
+	}
+}
+
+// replaceEvery is how long after a failed start of a pager the next is tried:
+// what was missing, a full process table or a full disk, may be over.
+const replaceEvery = 2 * time.Second
+
+// replace tries until a pager runs, or ctx ends: then it returns 0.
+func (k *Keeper) replace(ctx context.Context) int {
+	for {
+		pid, err := k.ensure(ctx)
+		if err == nil {
+			return pid
+		}
+		if ctx.Err() != nil {
+			return 0
+		}
+		k.opts.Logger.Error("no pager runs: guests stand still; trying again", "err", err)
+		select {
+		case <-ctx.Done():
+			return 0
+		case <-time.After(replaceEvery):
+		}
 	}
 }
 

@@ -33,6 +33,9 @@ import (
 // memory is served, and a pager that a Keeper starts.
 const roleEnv = "PAGER_TEST_ROLE"
 
+// versionEnv is what the pager role says of itself.
+const versionEnv = "PAGER_TEST_VERSION"
+
 func TestMain(m *testing.M) {
 	switch os.Getenv(roleEnv) {
 	case "":
@@ -51,7 +54,7 @@ func pagerMain(dir, socket string) {
 	store, err := snapshot.Open(filepath.Join(dir, "store"), snapshot.Options{ReadOnly: true})
 	if err == nil {
 		var s *Server
-		if s, err = New(Options{Dir: filepath.Join(dir, "run"), Store: store, Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), Version: "test"}); err == nil {
+		if s, err = New(Options{Dir: filepath.Join(dir, "run"), Store: store, Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)), Version: os.Getenv(versionEnv)}); err == nil {
 			err = s.Serve(ctx, socket)
 		}
 	}

@@ -51,7 +51,7 @@ func run(ctx context.Context, rounds int, only string) (err error) {
 	}
 	defer log.Close()
 	fmt.Fprintln(os.Stderr, "bench: the server's log is", log.Name())
-	s, err := harness.Start(ctx, harness.Options{Dir: dir, Output: log, Args: []string{"--on-exit", "destroy"}})
+	s, err := harness.Start(ctx, harness.Options{Dir: dir, Output: log, Args: []string{"--on-exit", "destroy", "--rate-limit", "-1", "--max-requests", "-1"}})
 	if err != nil {
 		return err
 	}
@@ -69,6 +69,7 @@ func run(ctx context.Context, rounds int, only string) (err error) {
 	}{
 		{"boot", b.boot}, {"resume", b.resume}, {"spawn", b.spawn}, {"pause", b.pause},
 		{"clone-memory", b.cloneMemory}, {"saturated-boot", b.saturatedBoot},
+		{"adopt", b.adopt}, {"load", b.load},
 	}
 	for _, p := range parts {
 		if !strings.Contains(p.name, only) {
