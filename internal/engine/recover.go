@@ -68,8 +68,13 @@ func (e *Engine) load(dir string) error {
 		e.log.Error("a sandbox cannot be taken over; it is left as it is", "dir", dir, "err", err)
 		return nil
 	}
+	sb := &sandbox{dir: dir, op: make(chan struct{}, 1), j: j}
+	if j.Run != nil && vmElsewhere(dir, j.Run.VM) {
+		e.log.Warn("a sandbox ran when this copy of its directory was made; its VM is the original's", "sandbox", j.ID)
+		sb.copied, sb.j.Run.VM = true, nil
+	}
 	e.mu.Lock()
-	e.sandboxes[j.ID] = &sandbox{dir: dir, op: make(chan struct{}, 1), j: j}
+	e.sandboxes[j.ID] = sb
 	e.mu.Unlock()
 	return nil
 }
@@ -138,6 +143,9 @@ func (e *Engine) takeOver(ctx context.Context, sb *sandbox) error {
 		return errors.Join(sb.settle(func(j *journal) {
 			j.State, j.StartedAt = Failed, nil
 			j.Error = "the VM ended while the host agent was not running"
+			if sb.copied {
+				j.Error = "it ran when this copy of the state directory was made; a running VM is not part of a copy"
+			}
 		}), e.release(ctx, sb))
 	}
 	// The VM lives: it is left alone, and tried again.

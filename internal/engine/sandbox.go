@@ -18,6 +18,8 @@ type sandbox struct {
 	op chan struct{}
 	// unadopted: its VM lives and is to be taken over. Guarded by the token.
 	unadopted bool
+	// copied: its journal came from another directory, whose VM it names.
+	copied bool
 
 	mu sync.Mutex
 	j  journal

@@ -24,16 +24,41 @@ import (
 // Client is the engine's side of pager.v1.
 type Client = pagerv1connect.PagerServiceClient
 
-// Dial returns a client for the socket of a pager.
-func Dial(socket string) Client {
+// Dial makes a client of the pager on a socket. It connects when it is used.
+func Dial(socket string) Client { return dial(socket, 0) }
+
+// dial's clients wait so long for somebody to listen: nothing was sent yet, so
+// who calls while the pager is being replaced need not fail.
+func dial(socket string, patience time.Duration) Client {
 	transport := &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", socket)
+			ctx, cancel := context.WithTimeout(ctx, max(patience, dialLimit))
+			defer cancel()
+			tick := time.NewTicker(10 * time.Millisecond) // there is no event for it
+			defer tick.Stop()
+			for deadline := time.Now().Add(patience); ; {
+				var d net.Dialer
+				conn, err := d.DialContext(ctx, "unix", socket)
+				if err == nil || time.Now().After(deadline) {
+					return conn, err
+				}
+				select {
+				case <-ctx.Done():
+					return nil, err
+				case <-tick.C:
+				}
+			}
 		},
 	}
 	return pagerv1connect.NewPagerServiceClient(&http.Client{Transport: transport}, "http://pager")
 }
+
+const (
+	// dialLimit bounds the connection to one that listens and does not accept.
+	dialLimit = 10 * time.Second
+	// replaceLimit is how long calls wait for a pager that is being replaced.
+	replaceLimit = 5 * time.Second
+)
 
 // KeeperOptions say how to start a pager.
 type KeeperOptions struct {
@@ -54,7 +79,8 @@ type KeeperOptions struct {
 // pager running.
 type Keeper struct {
 	opts   KeeperOptions
-	client Client
+	client Client // waits while the pager is replaced
+	probe  Client // does not
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
@@ -68,7 +94,7 @@ const startLimit = 30 * time.Second
 
 // Keep finds or starts the pager and answers when it takes calls.
 func Keep(ctx context.Context, opts KeeperOptions) (*Keeper, error) {
-	k := &Keeper{opts: opts, client: Dial(opts.Socket)}
+	k := &Keeper{opts: opts, client: dial(opts.Socket, replaceLimit), probe: Dial(opts.Socket)}
 	pid, err := k.ensure(ctx)
 	if err != nil {
 		return nil, err
@@ -154,7 +180,7 @@ func (k *Keeper) ensure(ctx context.Context) (int, error) {
 }
 
 func (k *Keeper) ask(ctx context.Context) (pid int, version string, err error) {
-	r, err := k.client.GetStatus(ctx, connect.NewRequest(&pagerv1.GetStatusRequest{}))
+	r, err := k.probe.GetStatus(ctx, connect.NewRequest(&pagerv1.GetStatusRequest{}))
 	if err != nil {
 		return 0, "", err
 	}

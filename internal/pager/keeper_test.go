@@ -112,6 +112,12 @@ func TestKeeperDoesNotGiveUp(t *testing.T) {
 	case <-ctx.Done():
 		t.Fatal("the failed start was not told")
 	}
+	// A call made now is answered by the next one.
+	answered := make(chan error, 1)
+	go func() {
+		_, err := k.Client().GetStatus(ctx, connect.NewRequest(&pagerv1.GetStatusRequest{}))
+		answered <- err
+	}()
 	must(t, os.Symlink(exe, program))
 	for k.PID() == first {
 		if ctx.Err() != nil {
@@ -119,5 +125,6 @@ func TestKeeperDoesNotGiveUp(t *testing.T) {
 		}
 		unix.Nanosleep(&unix.Timespec{Nsec: 5e6}, nil) // there is no event for it
 	}
+	must(t, <-answered)
 	must(t, k.Stop())
 }

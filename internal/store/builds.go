@@ -101,7 +101,7 @@ func (d *DB) inTx(ctx context.Context, f func(*sql.Tx) error) error {
 	if err := f(tx); err != nil {
 		return err
 	}
-	return tx.Commit()
+	return written(tx.Commit())
 }
 
 func putTags(ctx context.Context, tx *sql.Tx, template, id string, tags []string, at time.Time) error {

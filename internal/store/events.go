@@ -28,13 +28,13 @@ func (d *DB) AddEvent(ctx context.Context, e control.Event) error {
 		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)`,
 		e.SandboxID, seq, micros(e.At), string(e.Type), string(e.Status), e.Duration.Microseconds(), e.Detail, e.Error, e.RequestID)
 	if err != nil {
-		return err
+		return written(err)
 	}
 	_, err = tx.ExecContext(ctx, `DELETE FROM events WHERE sandbox_id = $1 AND seq <= $2`, e.SandboxID, seq-control.MaxEvents)
 	if err != nil {
-		return err
+		return written(err)
 	}
-	return tx.Commit()
+	return written(tx.Commit())
 }
 
 // ListEvents implements control.Store.

@@ -64,10 +64,10 @@ func (d *DB) CreateSandbox(ctx context.Context, s control.Sandbox) error {
 	for k, v := range s.Metadata {
 		_, err := tx.ExecContext(ctx, `INSERT INTO sandbox_metadata (sandbox_id, name, value) VALUES ($1, $2, $3)`, s.ID, k, v)
 		if err != nil {
-			return err
+			return written(err)
 		}
 	}
-	return tx.Commit()
+	return written(tx.Commit())
 }
 
 // GetSandbox implements control.Store.
@@ -140,7 +140,7 @@ func (d *DB) UpdateSandbox(ctx context.Context, s control.Sandbox) error {
 func (d *DB) TouchSandbox(ctx context.Context, id string, at time.Time) error {
 	_, err := d.db.ExecContext(ctx, `UPDATE sandboxes SET last_active_at = $1 WHERE id = $2 AND last_active_at < $3`,
 		micros(at), id, micros(at))
-	return err
+	return written(err)
 }
 
 // DeleteSandbox implements control.Store.

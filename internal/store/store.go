@@ -148,13 +148,29 @@ func inserted(err error) error {
 	if duplicate(err) {
 		return control.ErrExists
 	}
-	return err
+	return written(err)
+}
+
+// written tells the caller of a write what to do where the database has no room
+// for it; nothing of the write is there then.
+func written(err error) error {
+	full := false
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
+		full = e.Code == "53100" // disk_full
+	}
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		full = e.Code()&0xff == sqlite3.SQLITE_FULL
+	}
+	if !full {
+		return err
+	}
+	return &control.Error{Code: control.CodeHostUnavailable, Message: "the disk of the database is full; make room on it, then ask again", Err: err}
 }
 
 // affected turns a statement that changed no row into none.
 func affected(r sql.Result, err, none error) error {
 	if err != nil {
-		return err
+		return written(err)
 	}
 	n, err := r.RowsAffected()
 	if err != nil {

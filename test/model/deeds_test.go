@@ -2,6 +2,7 @@ package model
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -306,10 +307,12 @@ func drawTimeLimit(w *world, r *rand.Rand) deed {
 	if !b.autoPause && len(w.boxes) <= 2 {
 		return drawPause(w, r) // the last ones are kept
 	}
+	gone := false // the server, not the sandbox
 	acted := func() bool {
 		ctx, cancel := within(10 * time.Second)
 		defer cancel()
 		sb, err := w.s.GetSandbox(ctx, b.id)
+		gone = client.IsUnreachable(err)
 		return client.IsNotFound(err) || err == nil && sb.Status == client.StatusPaused
 	}
 	done := func() {
@@ -331,8 +334,11 @@ func drawTimeLimit(w *world, r *rand.Rand) deed {
 			if _, err := w.s.SetTimeout(ctx, b.id, time.Second); err != nil {
 				return err
 			}
-			if !harness.Eventually(20*time.Second, func() bool { return ctx.Err() != nil || acted() }) {
+			if !harness.Eventually(20*time.Second, func() bool { return ctx.Err() != nil || acted() || gone }) {
 				return fmt.Errorf("20 s after its time limit nothing has happened to %s", b.label)
+			}
+			if gone {
+				return errors.New("the server is gone")
 			}
 			return ctx.Err()
 		},

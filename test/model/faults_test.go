@@ -20,9 +20,7 @@ type fault struct {
 
 var faults = []fault{
 	{"server killed", 4, nil, strikeServer},
-	// While a VM's resources are released, a pager's death still strands the
-	// operation until the server is started again.
-	{"pager killed", 4, func(k kind) bool { return k.name != "pause" && k.name != "time limit" && k.name != "delete" }, strikePager},
+	{"pager killed", 4, nil, strikePager},
 	{"server and pager killed", 2, nil, strikeBoth},
 	// A guest whose own writes find no room sees a failing disk; the operations
 	// are what is under test.
