@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -30,12 +31,13 @@ func benchVictim(b *testing.B, img *testImage) (*copyRig, *Attachment) {
 	return r, a
 }
 
-// bareLoop is the least that can serve faults: one thread that waits, reads
-// one event, copies and waits again, the whole image in memory.
-func bareLoop(a *Attachment, content []byte, cluster int64, stop int) {
+// bareLoop is the least that can serve faults: one thread of its own that
+// waits, reads one event, reads the cluster from src, copies it and waits again.
+func bareLoop(a *Attachment, src Source, cluster int64, stop int) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	var msg [msgSize]byte
+	buf := make([]byte, cluster)
 	fds := []unix.PollFd{{Fd: int32(a.fd), Events: unix.POLLIN}, {Fd: int32(stop), Events: unix.POLLIN}}
 	for {
 		if _, err := unix.Poll(fds, -1); err != nil && err != unix.EINTR {
@@ -50,14 +52,20 @@ func bareLoop(a *Attachment, content []byte, cluster int64, stop int) {
 		addr := binary.NativeEndian.Uint64(msg[16:])
 		r := a.locate(addr)
 		start := max((r.Offset+int64(addr-r.Addr))&^(cluster-1), r.Offset)
-		end := min(start&^(cluster-1)+cluster, r.end())
-		c := uffdioCopy{dst: r.Addr + uint64(start-r.Offset), src: &content[start], length: uint64(end - start)}
+		b := buf[:min(start&^(cluster-1)+cluster, r.end())-start]
+		if _, err := src.ReadAt(b, start); err != nil {
+			return
+		}
+		c := uffdioCopy{dst: r.Addr + uint64(start-r.Offset), src: &b[0], length: uint64(len(b))}
 		_ = ioctlCopyPages(a.fd, &c)
 	}
 }
 
 // BenchmarkServiceAgainstBareLoop compares the server with a bare fault-copy
-// loop, one guest thread each, in turn. ratio is the loop's time over ours.
+// loop, one guest thread each, in turn, so that what else the machine does
+// falls on both. Both read
+// from the same source, an image in memory that is all data. ratio is the
+// loop's time over ours, the median over the turns.
 func BenchmarkServiceAgainstBareLoop(b *testing.B) {
 	for _, cluster := range []int{4 << 10, DefaultClusterSize} {
 		b.Run(fmt.Sprintf("cluster=%d", cluster), func(b *testing.B) {
@@ -73,22 +81,28 @@ func BenchmarkServiceAgainstBareLoop(b *testing.B) {
 				b.Fatal(err)
 			}
 			done := make(chan struct{})
-			go func() { bareLoop(ba, mem.content, int64(cluster), pipe[0]); close(done) }()
+			go func() { bareLoop(ba, mem, int64(cluster), pipe[0]); close(done) }()
 			defer func() { unix.Close(pipe[1]); <-done; unix.Close(pipe[0]); ba.Close() }()
-			var took [2]time.Duration
+			var sum [2]time.Duration
+			var ratios []float64
 			for b.Loop() {
+				var took [2]time.Duration
 				for i, v := range []*copyRig{bare, ours} {
 					v.do("remove 0 %d", img.size)
 					start := time.Now()
 					v.do("touch 1")
-					took[i] += time.Since(start)
+					took[i] = time.Since(start)
+					sum[i] += took[i]
 				}
+				ratios = append(ratios, float64(took[0])/float64(took[1]))
 			}
 			st, _ := srv.Stats("v")
 			faults := float64(st.Faults)
-			b.ReportMetric(float64(took[0])/float64(took[1]), "ratio")
-			b.ReportMetric(float64(took[1].Nanoseconds())/1000/faults, "µs/fault")
-			b.ReportMetric(float64(took[0].Nanoseconds())/1000/faults, "bare-µs/fault")
+			slices.Sort(ratios)
+			b.ReportMetric(ratios[len(ratios)/2], "ratio")
+			b.ReportMetric(float64(sum[1].Nanoseconds())/1000/faults, "µs/fault")
+			b.ReportMetric(float64(sum[0].Nanoseconds())/1000/faults, "bare-µs/fault")
+			b.ReportMetric(faults/float64(b.N), "faults")
 		})
 	}
 }

@@ -51,8 +51,26 @@ func (s *Server) handle(j job, buf []byte) bool {
 	if err != nil {
 		s.fatal(j.v, err)
 	}
-	j.v.counters.observe(time.Since(start))
+	took := time.Since(start)
+	j.v.pace(took)
+	j.v.counters.observe(took)
 	return true
+}
+
+// A fault that takes longer than slowFault has the next slowFaults of its VM
+// served by workers.
+const (
+	slowFault  = time.Millisecond
+	slowFaults = 32
+)
+
+// pace learns from a fault how long the next ones will take.
+func (v *served) pace(took time.Duration) {
+	if took > slowFault {
+		v.slow.Store(slowFaults)
+	} else if n := v.slow.Load(); n > 0 {
+		v.slow.CompareAndSwap(n, n-1)
+	}
 }
 
 // park puts a fault aside until the reader has taken more events, or for a

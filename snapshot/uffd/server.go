@@ -20,7 +20,8 @@ type Options struct {
 	// ClusterSize is how much of the image a fault brings in, in bytes: a
 	// power of two from 4096 to 2 MiB. Default DefaultClusterSize.
 	ClusterSize int
-	// Workers is how many faults are served at a time, over all attachments.
+	// Workers is how many goroutines serve faults for all attachments, beside
+	// each attachment's own, which serves one itself where that is quick.
 	// Default 8.
 	Workers int
 	// OnFatal is told that a VM was killed because a page of it could not be
@@ -38,6 +39,7 @@ const batch = 64
 type Server struct {
 	o     Options
 	queue chan job
+	bufs  chan []byte // a cluster each, for readers that serve themselves
 	// workers, readers and callbacks end in this order at Close.
 	workers, callbacks sync.WaitGroup
 
@@ -63,6 +65,9 @@ type served struct {
 	counters counters
 	events   [batch * msgSize]byte
 	stopping atomic.Bool
+	// slow counts down the faults that are left to workers after one that took
+	// long.
+	slow atomic.Int32
 
 	// removing is held for reading while pages are put into a VM in copy
 	// mode, and for writing while events are read that may remove some.
@@ -90,8 +95,9 @@ func NewServer(o Options) (*Server, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{o: o, queue: make(chan job, 4*batch), served: map[string]*served{}}
+	s := &Server{o: o, queue: make(chan job, 4*batch), bufs: make(chan []byte, o.Workers), served: map[string]*served{}}
 	for range o.Workers {
+		s.bufs <- make([]byte, o.ClusterSize)
 		s.workers.Go(s.work)
 	}
 	return s, nil
@@ -282,6 +288,7 @@ func (s *Server) enqueue(v *served, b []byte) {
 	var seen [batch]int64
 	pages := seen[:0]
 	changed := false
+	var last job // not handed on yet
 next:
 	for ; len(b) >= msgSize; b = b[msgSize:] {
 		if v.pages != nil && b[0] == eventRemove {
@@ -302,11 +309,35 @@ next:
 		}
 		pages = append(pages, off)
 		v.inflight.Add(1)
-		s.queue <- job{v, off}
+		if last.v != nil {
+			s.queue <- last
+		}
+		last = job{v, off}
 	}
 	if changed {
 		s.unpark(v)
 	}
+	if last.v != nil {
+		s.serveHere(last)
+	}
+}
+
+// serveHere serves a fault in the reader: handing it to a worker would take
+// longer than a page that is in RAM. Where pages come slowly the workers do it,
+// so that the VM's other threads need not wait.
+func (s *Server) serveHere(j job) {
+	if j.v.slow.Load() == 0 {
+		select {
+		case buf := <-s.bufs:
+			if s.handle(j, buf) {
+				j.v.inflight.Done()
+			}
+			s.bufs <- buf
+			return
+		default:
+		}
+	}
+	s.queue <- j
 }
 
 // fault gives the page of the image that a page-fault event is about.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -237,6 +238,47 @@ func TestServingAllocatesNothing(t *testing.T) {
 	}
 	if n := testing.AllocsPerRun(50, func() { srv.enqueue(sv, msgs) }); n != 0 {
 		t.Errorf("%v allocations per batch of events", n)
+	}
+}
+
+// One page that does not come must not hold up the other threads of its VM:
+// where pages come slowly the reader leaves them to the workers.
+func TestSlowPagesAreLeftToWorkers(t *testing.T) {
+	needRoot(t)
+	img := &testImage{size: 4 << 20}
+	gate := make(chan struct{})
+	var first, others atomic.Int64
+	first.Store(-1)
+	img.fail = func(off, _ int64) error {
+		if first.CompareAndSwap(-1, off) {
+			<-gate // until four other clusters have been read
+		} else if others.Add(1) == 4 {
+			close(gate)
+		}
+		return nil
+	}
+	shared := newTestShared(t, img)
+	srv := newTestServer(t, Options{Workers: 2})
+	v := startVictim(t, shared, victimOptions{})
+	mustAdd(t, srv, "v", mustInject(t, v, shared, -1))
+	srv.served["v"].pace(2 * slowFault)
+	v.do("touch 2")
+	v.wantSum(img.content())
+}
+
+func TestPaceOfFaults(t *testing.T) {
+	var v served
+	for i := range 3 {
+		v.pace(slowFault + 1)
+		for n := range int32(slowFaults) {
+			if left := v.slow.Load(); left != slowFaults-n {
+				t.Fatalf("round %d, after %d quick faults %d are left to workers", i, n, left)
+			}
+			v.pace(slowFault)
+		}
+		if v.pace(0); v.slow.Load() != 0 {
+			t.Fatal("the reader does not serve again")
+		}
 	}
 }
 

@@ -32,7 +32,9 @@
 //  5. The VMM keeps a descriptor of its userfaultfd, so that the death of the
 //     server leaves guests waiting, not reading zeros.
 //  6. Serving a fault starts no goroutine, allocates nothing and pins no
-//     thread.
+//     thread. The goroutine that reads an attachment's events serves a fault
+//     itself where pages come quickly, and leaves it to workers where they do
+//     not, so that a page on a slow store holds up nobody who needs another.
 //  7. In copy mode a page that was removed from a VM's memory is zeros from
 //     then on; no page of the image comes back to its place, and no death of
 //     the server forgets it, see PageMap.
