@@ -13,18 +13,27 @@ import (
 )
 
 // report prints results as they come, as a Markdown table.
-type report struct{ w io.Writer }
+type report struct {
+	w     io.Writer
+	log   string // the server's, which tells how VMs run
+	begun bool
+}
 
-func newReport(w io.Writer, log string) *report {
-	fmt.Fprintf(w, "Machine: %s, %d cores, Linux %s, %s, %s\n\n", cpuModel(), runtime.NumCPU(), firstLine("uname", "-r"),
-		firstLine("qemu-system-x86_64", "--version"), acceleration(log))
-	fmt.Fprintln(w, "| figure | value | promise | holds |")
-	fmt.Fprintln(w, "| --- | --- | --- | --- |")
-	return &report{w}
+// begin prints the head, with the machine, once the server's log can tell.
+func (r *report) begin() {
+	if r.begun {
+		return
+	}
+	r.begun = true
+	fmt.Fprintf(r.w, "Machine: %s, %d cores, Linux %s, %s, %s\n\n", cpuModel(), runtime.NumCPU(), firstLine("uname", "-r"),
+		firstLine("qemu-system-x86_64", "--version"), acceleration(r.log))
+	fmt.Fprintln(r.w, "| figure | value | promise | holds |")
+	fmt.Fprintln(r.w, "| --- | --- | --- | --- |")
 }
 
 // row prints a figure beside its promise; holds is empty where none is made.
 func (r *report) row(figure, value, promise string, holds bool) {
+	r.begin()
 	verdict := "no"
 	switch {
 	case promise == "":
@@ -52,6 +61,9 @@ func cpuModel() string {
 // acceleration reads from the server's log how VMs run.
 func acceleration(log string) string {
 	b, _ := os.ReadFile(log)
+	if len(b) == 0 {
+		return "no VM run"
+	}
 	if strings.Contains(string(b), "accelerator=kvm") {
 		return "KVM"
 	}
