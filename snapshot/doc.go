@@ -69,5 +69,27 @@
 //
 // Any number of processes may read a store. One at a time may write; the first
 // changing call takes the lock and keeps it until Close. All methods are safe
-// for concurrent use.
+// for concurrent use, but those of one Txn. In particular:
+//
+//   - An [Image] is read by any number of goroutines at once; only Close waits
+//     for nobody, so nobody may be reading then. Handles on the same image share
+//     its map and its files.
+//   - One [Writer] makes one image. Several goroutines may give it blocks, each
+//     block once. Any number of writers, with the same parent or not, may be at
+//     work at a time.
+//   - [Store.GC], [Store.Delete], [Store.Verify], [Store.Inspect] and
+//     [Store.Compact] run beside all of that. GC spares what this process has
+//     open or is making. Of other processes it knows nothing: who reads an image
+//     that no manifest names gives its ID to GC as a root, and keeps the files
+//     open that it reads from.
+//   - [Store.Compact] disturbs no reader of the old image, in this process or
+//     another: its files stay until nothing needs them.
+//
+// # Using it with another machine monitor
+//
+// This package stores; it stops no machine and finds no dirty page. For memory,
+// package uffd restores a machine from an [Image] page by page and finds what
+// it has written since. For disks, package block has the copy-on-write layer
+// over an Image, and package nbd serves it. The examples here and there show
+// how their results become the next generation. docs/engine.md has a picture.
 package snapshot
