@@ -76,6 +76,25 @@ func (c *Client) ExecStream(ctx context.Context, id string, req ExecRequest) (*S
 	return c.stream(ctx, id, "exec/stream", req, PTYSize{})
 }
 
+// AttachStream picks up the output of a command that runs, by the PID of its
+// start event: after a connection broke, or the server was started again. What
+// it said in between is not repeated. A PID that no running command has is an
+// *Error from Recv.
+func (c *Client) AttachStream(ctx context.Context, id string, pid int) (*Stream, error) {
+	if pid < 1 {
+		return nil, invalid("pid %d: must be at least 1", pid)
+	}
+	s, err := c.dialStream(ctx, id, "exec/stream")
+	if err != nil {
+		return nil, err
+	}
+	if err := s.message(wireMessage{Type: "attach", PID: pid}); err != nil {
+		_ = s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
 // PTY starts a command on a terminal of the given size; an empty Cmd means the
 // user's login shell.
 func (c *Client) PTY(ctx context.Context, id string, req ExecRequest, size PTYSize) (*Stream, error) {
@@ -86,24 +105,13 @@ func (c *Client) PTY(ctx context.Context, id string, req ExecRequest, size PTYSi
 }
 
 func (c *Client) stream(ctx context.Context, id, path string, req ExecRequest, size PTYSize) (*Stream, error) {
-	if err := checkID(id); err != nil {
-		return nil, err
-	}
 	if req.TimeoutSec < 0 {
 		return nil, invalid("timeout_sec %d: must not be negative", req.TimeoutSec)
 	}
-	o := &websocket.DialOptions{HTTPClient: c.http, HTTPHeader: make(map[string][]string)}
-	c.setHeaders(o.HTTPHeader)
-	url := c.sandboxURL(nil, id) + "/" + path
-	conn, res, err := websocket.Dial(ctx, url, o)
+	s, err := c.dialStream(ctx, id, path)
 	if err != nil {
-		if res != nil && res.StatusCode >= 300 {
-			return nil, responseError(res) // the library closed and kept the body's beginning
-		}
-		return nil, fmt.Errorf("opening the stream %s: %w", url, err)
+		return nil, err
 	}
-	conn.SetReadLimit(maxMessage)
-	s := &Stream{ctx: ctx, conn: conn}
 	start := req.wire()
 	start.Type, start.Cols, start.Rows = "start", size.Cols, size.Rows
 	if err := s.message(start); err != nil {
@@ -117,6 +125,25 @@ func (c *Client) stream(ctx context.Context, id, path string, req ExecRequest, s
 		}
 	}
 	return s, nil
+}
+
+// dialStream opens the connection; the first message is the caller's.
+func (c *Client) dialStream(ctx context.Context, id, path string) (*Stream, error) {
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
+	o := &websocket.DialOptions{HTTPClient: c.http, HTTPHeader: make(map[string][]string)}
+	c.setHeaders(o.HTTPHeader)
+	url := c.sandboxURL(nil, id) + "/" + path
+	conn, res, err := websocket.Dial(ctx, url, o)
+	if err != nil {
+		if res != nil && res.StatusCode >= 300 {
+			return nil, responseError(res) // the library closed and kept the body's beginning
+		}
+		return nil, fmt.Errorf("opening the stream %s: %w", url, err)
+	}
+	conn.SetReadLimit(maxMessage)
+	return &Stream{ctx: ctx, conn: conn}, nil
 }
 
 func (s *Stream) message(m any) error {

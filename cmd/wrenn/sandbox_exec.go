@@ -53,6 +53,7 @@ func newSandboxExecCmd() *cobra.Command {
 	var f execFlags
 	var timeout time.Duration
 	var interactive, noStdin bool
+	var attach int
 	cmd := &cobra.Command{
 		Use:   "exec [flags] SANDBOX [--] COMMAND [ARG...]",
 		Short: "Run a command in a sandbox",
@@ -66,15 +67,26 @@ without waiting.
 The exit code is the command's own. Where wrenn itself fails it is 125, with a
 message that begins with "wrenn:" on standard error; 130 after a second Ctrl-C.
 
+With --attach PID no command is started: the output of one that runs is picked
+up again, whose connection broke or that went on while the server was restarted.
+
 With --json the command runs to its end and the result is printed as one object
 {stdout, stderr, exit_code, duration_ms, encoding}; input is sent only with -i.`,
 		Example: `  wrenn sandbox exec 7h2k9c uname -a
   wrenn sandbox exec 7h2k9c -- bash -c 'ls | wc -l'
   tar c src | wrenn sandbox exec -w /work 7h2k9c tar x`,
-		Args:              args(cobra.MinimumNArgs(2)),
+		Args: args(func(cmd *cobra.Command, a []string) error {
+			if cmd.Flags().Changed("attach") {
+				return cobra.ExactArgs(1)(cmd, a)
+			}
+			return cobra.MinimumNArgs(2)(cmd, a)
+		}),
 		ValidArgsFunction: completeFirst(completeSandboxes(client.StatusRunning)),
 		Annotations:       map[string]string{passThrough: "yes"},
 		RunE: func(cmd *cobra.Command, a []string) error {
+			if cmd.Flags().Changed("attach") {
+				return execAttach(cmd, a[0], attach)
+			}
 			req, err := f.request(a[1:])
 			if err != nil {
 				return err
@@ -103,6 +115,7 @@ With --json the command runs to its end and the result is printed as one object
 	cmd.Flags().DurationVar(&timeout, "timeout", 0, "end the command after this time (default: the server's limit)")
 	cmd.Flags().BoolVarP(&interactive, "interactive", "i", false, "send standard input even from a terminal")
 	cmd.Flags().BoolVarP(&noStdin, "no-stdin", "n", false, "send no standard input")
+	cmd.Flags().IntVar(&attach, "attach", 0, "start nothing; pick up the output of the running command with this PID")
 	cmd.MarkFlagsMutuallyExclusive("interactive", "no-stdin")
 	return cmd
 }
@@ -137,6 +150,35 @@ func execStream(cmd *cobra.Command, c *client.Client, id string, req client.Exec
 	if err != nil {
 		return err
 	}
+	return follow(ctx, cancel, cmd, s, func() error {
+		if stdin == nil {
+			return s.CloseStdin()
+		}
+		go pump(s, stdin)
+		return nil
+	})
+}
+
+// execAttach goes on with a command that runs; its input is left as it is.
+func execAttach(cmd *cobra.Command, id string, pid int) error {
+	if pid < 1 {
+		return usagef("--attach %d: want the PID of a command that runs", pid)
+	}
+	c, err := connect()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(cmd.Context())
+	defer cancel(nil)
+	s, err := c.AttachStream(ctx, id, pid)
+	if err != nil {
+		return err
+	}
+	return follow(ctx, cancel, cmd, s, func() error { return nil })
+}
+
+// follow prints what a command says until it ends.
+func follow(ctx context.Context, cancel context.CancelCauseFunc, cmd *cobra.Command, s *client.Stream, input func() error) error {
 	defer s.Close()
 	defer onInterrupts(func(n int) {
 		if n > 1 {
@@ -148,12 +190,7 @@ func execStream(cmd *cobra.Command, c *client.Client, id string, req client.Exec
 		// Ctrl-C from being seen. Ends with ctx.
 		go func() { _ = s.Stop() }()
 	})()
-	if stdin == nil {
-		err = s.CloseStdin()
-	} else {
-		go pump(s, stdin)
-	}
-	if err != nil {
+	if err := input(); err != nil {
 		return err
 	}
 	code, err := s.Copy(cmd.OutOrStdout(), cmd.ErrOrStderr())

@@ -30,8 +30,42 @@ const stdinChunk = 64 << 10
 type command struct {
 	guest  *engine.Guest
 	user   string
-	stream *connect.ServerStreamForClient[process.StartResponse]
+	stream eventStream
 	pid    uint32
+}
+
+// eventStream is what a start and an attach have in common.
+type eventStream interface {
+	Receive() bool
+	Err() error
+	Close() error
+	event() *process.ProcessEvent
+}
+
+type startStream struct {
+	*connect.ServerStreamForClient[process.StartResponse]
+}
+
+func (s startStream) event() *process.ProcessEvent { return s.Msg().GetEvent() }
+
+type attachStream struct {
+	*connect.ServerStreamForClient[process.ConnectResponse]
+}
+
+func (s attachStream) event() *process.ProcessEvent { return s.Msg().GetEvent() }
+
+// attachCommand picks up a process that runs.
+func attachCommand(ctx context.Context, g *engine.Guest, s *agentv1.ExecStart) (*command, error) {
+	if s.Cmd != "" || len(s.Args) > 0 || s.Pty != nil {
+		return nil, fmt.Errorf("%w: attach_pid starts nothing; leave cmd, args and pty out", engine.ErrInvalid)
+	}
+	stream, err := g.Process.Connect(ctx, connect.NewRequest(&process.ConnectRequest{
+		Process: &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: s.AttachPid}},
+	}))
+	if err != nil {
+		return nil, guestError(err)
+	}
+	return begun(&command{guest: g, user: s.User, stream: attachStream{stream}})
 }
 
 // startCommand starts a process and returns when it has its number.
@@ -56,18 +90,22 @@ func startCommand(ctx context.Context, g *engine.Guest, s *agentv1.ExecStart, st
 	if err != nil {
 		return nil, guestError(err)
 	}
-	c := &command{guest: g, user: s.User, stream: stream}
-	if !stream.Receive() {
-		err := stream.Err()
-		stream.Close()
+	return begun(&command{guest: g, user: s.User, stream: startStream{stream}})
+}
+
+// begun waits for the first event, which tells the process's number.
+func begun(c *command) (*command, error) {
+	if !c.stream.Receive() {
+		err := c.stream.Err()
+		c.stream.Close()
 		if err == nil {
 			err = errors.New("the guest agent ended the stream before the process began")
 		}
 		return nil, guestError(err)
 	}
-	start := stream.Msg().GetEvent().GetStart()
+	start := c.stream.event().GetStart()
 	if start == nil {
-		stream.Close()
+		c.stream.Close()
 		return nil, errors.New("the guest agent's first event is not the start")
 	}
 	c.pid = start.Pid
@@ -118,7 +156,7 @@ func (c *command) signal(ctx context.Context, s process.Signal) error {
 // events calls yield for every event until the end event, which it returns.
 func (c *command) events(yield func(*process.ProcessEvent_DataEvent) error) (*process.ProcessEvent_EndEvent, error) {
 	for c.stream.Receive() {
-		ev := c.stream.Msg().GetEvent()
+		ev := c.stream.event()
 		if end := ev.GetEnd(); end != nil {
 			return end, nil
 		}
@@ -242,7 +280,12 @@ func (a *Agent) ExecStream(ctx context.Context, stream *connect.BidiStream[agent
 	}
 	ctx, cancel := withLimit(ctx, start.TimeoutSec)
 	defer cancel()
-	c, err := startCommand(ctx, g, start, true)
+	var c *command
+	if start.AttachPid != 0 {
+		c, err = attachCommand(ctx, g, start)
+	} else {
+		c, err = startCommand(ctx, g, start, true)
+	}
 	if err != nil {
 		return a.wire(err)
 	}

@@ -127,6 +127,9 @@ type ExecRequest struct {
 	TimeoutSec int64
 	Stdin      []byte
 	Pty        *PtySize
+	// AttachPID, not 0, is a process that runs, whose output ExecStream goes on
+	// with instead of starting one; all else but TimeoutSec is empty then.
+	AttachPID uint32
 }
 
 // ExecResult is what a finished command left.

@@ -44,7 +44,7 @@ func (h *hostClient) ExecStream(ctx context.Context, id string, r ExecRequest) (
 	st := h.c.ExecStream(ctx)
 	start := &hostagentv1.ExecStart{
 		SandboxId: id, Cmd: r.Cmd, Args: r.Args, Envs: r.Envs, Cwd: r.Cwd, User: r.User,
-		TimeoutSec: hostSec(r.TimeoutSec),
+		TimeoutSec: hostSec(r.TimeoutSec), AttachPid: r.AttachPID,
 	}
 	if r.Pty != nil {
 		start.Pty = &hostagentv1.PtySize{Cols: r.Pty.Cols, Rows: r.Pty.Rows}

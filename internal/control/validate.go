@@ -158,6 +158,12 @@ func validateUser(user string) error {
 }
 
 func (r *ExecRequest) validate() error {
+	if r.AttachPID != 0 {
+		if r.Cmd != "" || len(r.Args) > 0 || len(r.Envs) > 0 || r.Cwd != "" || r.User != "" || len(r.Stdin) > 0 || r.Pty != nil {
+			return Invalid("pid", "a process that runs is only picked up; leave out everything but the pid")
+		}
+		return inRange("timeout_sec", r.TimeoutSec, 0, MaxExecSec, " seconds (0 is the greatest)")
+	}
 	if r.Cmd == "" {
 		return Invalid("cmd", "must name the program to run")
 	}

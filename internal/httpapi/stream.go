@@ -43,6 +43,11 @@ type startMessage struct {
 	TimeoutSec int64             `json:"timeout_sec"`
 }
 
+type attachMessage struct {
+	Type string `json:"type"`
+	PID  uint32 `json:"pid"`
+}
+
 type ptyStartMessage struct {
 	Type       string            `json:"type"`
 	Cmd        string            `json:"cmd"`
@@ -173,7 +178,11 @@ func (s *stream) readStart() (control.ExecRequest, error) {
 	var head struct {
 		Type string `json:"type"`
 	}
-	if json.Unmarshal(b, &head) != nil || head.Type != "start" {
+	badHead := json.Unmarshal(b, &head) != nil
+	if !badHead && head.Type == "attach" && !s.kind.terminal {
+		return parseAttach(b)
+	}
+	if badHead || head.Type != "start" {
 		return control.ExecRequest{}, control.Invalid("type", `the first message must be {"type":"start","cmd":…}`)
 	}
 	var m ptyStartMessage
@@ -201,6 +210,17 @@ func (s *stream) readStart() (control.ExecRequest, error) {
 		}
 	}
 	return req, nil
+}
+
+func parseAttach(b []byte) (control.ExecRequest, error) {
+	var m attachMessage
+	if err := decodeObject("attach", b, &m); err != nil {
+		return control.ExecRequest{}, err
+	}
+	if m.PID == 0 {
+		return control.ExecRequest{}, control.Invalid("pid", "is required: the number that the start message of the command's first stream told")
+	}
+	return control.ExecRequest{AttachPID: m.PID}, nil
 }
 
 // output passes on what the command says until it has ended. When the client

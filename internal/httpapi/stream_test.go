@@ -193,6 +193,17 @@ func TestPauseEndsStreamWithError(t *testing.T) {
 	}
 }
 
+func TestARunningCommandIsPickedUpAgain(t *testing.T) {
+	t.Parallel()
+	s := setup(t)
+	c := s.dial(t, "/v1/sandboxes/"+s.create(t, m{}).ID+"/exec/stream")
+	c.send(`{"type":"attach","pid":42}`)
+	c.want(`{"type":"start","pid":42}`)
+	c.send(`{"type":"stdin","data":"still here","eof":true}`)
+	c.want(`{"type":"stdout","data":"still here"}`, `{"type":"exit","exit_code":0}`)
+	c.closed(websocket.StatusNormalClosure)
+}
+
 func TestWrongMessages(t *testing.T) {
 	t.Parallel()
 	s := setup(t)
@@ -203,6 +214,11 @@ func TestWrongMessages(t *testing.T) {
 		{"/exec/stream", `{"type":"stdin","data":"x"}`, "type: the first message"},
 		{"/exec/stream", `nonsense`, "type: the first message"},
 		{"/exec/stream", `{"type":"start"}`, "cmd:"},
+		{"/exec/stream", `{"type":"attach"}`, "pid:"},
+		{"/exec/stream", `{"type":"attach","pid":-1}`, "pid:"},
+		{"/exec/stream", `{"type":"attach","pid":42,"cmd":"x"}`, "cmd:"},
+		{"/exec/stream", `{"type":"attach","pid":7}`, "no process 7"},
+		{"/pty", `{"type":"attach","pid":42}`, "type: the first message"},
 		{"/exec/stream", `{"type":"start","cmd":"x","cols":1}`, "cols:"},
 		{"/exec/stream", `{"type":"start","cmd":"x","foo":1}`, "foo:"},
 		{"/exec/stream", `{"type":"start","cmd":"x","user":"A B"}`, "user:"},

@@ -59,6 +59,9 @@ func (h *Host) ExecStream(_ context.Context, id string, r control.ExecRequest) (
 	return h.start(id, r)
 }
 
+// onePID is the number of every process here.
+const onePID = 42
+
 type process struct {
 	over   <-chan struct{} // the machine's run has ended
 	in     chan control.ExecInput
@@ -72,6 +75,12 @@ func (h *Host) start(id string, r control.ExecRequest) (*process, error) {
 	s, err := h.live(id)
 	if err != nil {
 		return nil, err
+	}
+	if r.AttachPID != 0 {
+		if r.AttachPID != onePID {
+			return nil, Err(control.CodeNotFound, "there is no process %d", r.AttachPID)
+		}
+		r.Cmd = "cat" // it runs, and says back what it is told
 	}
 	h.mu.Lock()
 	over := s.over
@@ -98,7 +107,7 @@ func (p *process) emit(e control.ExecEvent) {
 func (p *process) run(r control.ExecRequest) {
 	defer close(p.out)
 	defer close(p.done)
-	p.emit(control.ExecEvent{Kind: control.EventStart, PID: 42})
+	p.emit(control.ExecEvent{Kind: control.EventStart, PID: onePID})
 	exit := control.ExecEvent{Kind: control.EventExit}
 	out := func(b []byte) { p.emit(control.ExecEvent{Kind: control.EventStdout, Data: b}) }
 	switch {

@@ -1962,7 +1962,10 @@ type ExecStart struct {
 	User       string                 `protobuf:"bytes,6,opt,name=user,proto3" json:"user,omitempty"`
 	TimeoutSec uint32                 `protobuf:"varint,7,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
 	// Present: run on a terminal of this size; output arrives as pty.
-	Pty           *PtySize `protobuf:"bytes,8,opt,name=pty,proto3" json:"pty,omitempty"`
+	Pty *PtySize `protobuf:"bytes,8,opt,name=pty,proto3" json:"pty,omitempty"`
+	// Not 0: start nothing, but pick up the output of this process of an earlier
+	// stream; cmd is empty then.
+	AttachPid     uint32 `protobuf:"varint,9,opt,name=attach_pid,json=attachPid,proto3" json:"attach_pid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2051,6 +2054,13 @@ func (x *ExecStart) GetPty() *PtySize {
 		return x.Pty
 	}
 	return nil
+}
+
+func (x *ExecStart) GetAttachPid() uint32 {
+	if x != nil {
+		return x.AttachPid
+	}
+	return 0
 }
 
 type ExecStreamRequest struct {
@@ -3777,7 +3787,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\ttimed_out\x18\x05 \x01(\bR\btimedOut\"1\n" +
 	"\aPtySize\x12\x12\n" +
 	"\x04cols\x18\x01 \x01(\rR\x04cols\x12\x12\n" +
-	"\x04rows\x18\x02 \x01(\rR\x04rows\"\xb0\x02\n" +
+	"\x04rows\x18\x02 \x01(\rR\x04rows\"\xcf\x02\n" +
 	"\tExecStart\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n" +
@@ -3788,7 +3798,9 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x04user\x18\x06 \x01(\tR\x04user\x12\x1f\n" +
 	"\vtimeout_sec\x18\a \x01(\rR\n" +
 	"timeoutSec\x12'\n" +
-	"\x03pty\x18\b \x01(\v2\x15.hostagent.v1.PtySizeR\x03pty\x1a7\n" +
+	"\x03pty\x18\b \x01(\v2\x15.hostagent.v1.PtySizeR\x03pty\x12\x1d\n" +
+	"\n" +
+	"attach_pid\x18\t \x01(\rR\tattachPid\x1a7\n" +
 	"\tEnvsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd1\x01\n" +

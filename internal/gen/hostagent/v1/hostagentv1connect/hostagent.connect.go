@@ -143,7 +143,8 @@ type HostAgentServiceClient interface {
 	CollectGarbage(context.Context, *connect.Request[v1.CollectGarbageRequest]) (*connect.Response[v1.CollectGarbageResponse], error)
 	// Exec runs one command to its end and returns all its output.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
-	// ExecStream runs one command, or a terminal. The first message is start.
+	// ExecStream runs one command, or a terminal, or goes on with one that runs.
+	// The first message is start.
 	ExecStream(context.Context) *connect.BidiStreamForClient[v1.ExecStreamRequest, v1.ExecStreamResponse]
 	// ReadFile streams a file; the first message carries its entry.
 	ReadFile(context.Context, *connect.Request[v1.ReadFileRequest]) (*connect.ServerStreamForClient[v1.ReadFileResponse], error)
@@ -482,7 +483,8 @@ type HostAgentServiceHandler interface {
 	CollectGarbage(context.Context, *connect.Request[v1.CollectGarbageRequest]) (*connect.Response[v1.CollectGarbageResponse], error)
 	// Exec runs one command to its end and returns all its output.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
-	// ExecStream runs one command, or a terminal. The first message is start.
+	// ExecStream runs one command, or a terminal, or goes on with one that runs.
+	// The first message is start.
 	ExecStream(context.Context, *connect.BidiStream[v1.ExecStreamRequest, v1.ExecStreamResponse]) error
 	// ReadFile streams a file; the first message carries its entry.
 	ReadFile(context.Context, *connect.Request[v1.ReadFileRequest], *connect.ServerStream[v1.ReadFileResponse]) error
