@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -29,6 +30,8 @@ type agent struct {
 	wrote chan written
 	// cut breaks the answer of pauses.
 	cut atomic.Bool
+	// left is closed when a tunnel's caller has gone.
+	left chan struct{}
 }
 
 type written struct {
@@ -132,11 +135,61 @@ func connectAgent(t *testing.T) (*agent, control.Host) {
 	a := &agent{state: hostagentv1.SandboxState_SANDBOX_STATE_PAUSED, wrote: make(chan written, 1)}
 	mux := http.NewServeMux()
 	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(a))
+	// As the server speaks with its agent.
+	var h2 http.Protocols
+	h2.SetUnencryptedHTTP2(true)
 	srv := httptest.NewUnstartedServer(mux)
-	srv.EnableHTTP2 = true
-	srv.StartTLS()
+	srv.Config.Protocols = &h2
+	srv.Start()
 	t.Cleanup(srv.Close)
-	return a, control.NewHost(hostagentv1connect.NewHostAgentServiceClient(srv.Client(), srv.URL))
+	client := &http.Client{Transport: &http.Transport{Protocols: &h2}}
+	return a, control.NewHost(hostagentv1connect.NewHostAgentServiceClient(client, srv.URL))
+}
+
+func (a *agent) Tunnel(ctx context.Context, st *connect.BidiStream[hostagentv1.TunnelRequest, hostagentv1.TunnelResponse]) error {
+	if _, err := st.Receive(); err != nil {
+		return err
+	}
+	if err := st.Send(&hostagentv1.TunnelResponse{Message: &hostagentv1.TunnelResponse_Open{Open: &hostagentv1.TunnelOpened{}}}); err != nil {
+		return err
+	}
+	<-ctx.Done() // a guest that says nothing
+	close(a.left)
+	return ctx.Err()
+}
+
+// A connection to a silent guest that is closed ends on both sides: a stranger
+// who hangs up must leave nothing.
+func TestAClosedTunnelEndsOnBothSides(t *testing.T) {
+	a, h := connectAgent(t)
+	a.left = make(chan struct{})
+	c, err := h.Dial(t.Context(), "a", 80)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan error)
+	go func() {
+		_, err := c.Read(make([]byte, 1))
+		read <- err
+	}()
+	// It must be waiting in the transport, which no longer looks at a context.
+	stacks := make([]byte, 1<<20)
+	for waits := false; !waits; {
+		all := string(stacks[:runtime.Stack(stacks, true)])
+		for _, g := range strings.Split(all, "\n\n") {
+			waits = waits || strings.Contains(g, "http2pipe).Read") && strings.Contains(g, "tunnel).Read")
+		}
+	}
+	if err := errors.Join(c.Close(), c.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-read; err == nil {
+		t.Error("a read of a closed connection succeeds")
+	}
+	<-a.left
 }
 
 func TestHostErrors(t *testing.T) {

@@ -102,9 +102,13 @@ func (t *tunnel) Write(p []byte) (int, error) {
 // CloseWrite ends the sending direction.
 func (t *tunnel) CloseWrite() error { return t.st.CloseRequest() }
 
-// Close ends both directions; calls under way return.
+// Close ends both directions; calls under way return. The transport looks at
+// its context again only when the request has ended.
 func (t *tunnel) Close() error {
-	t.once.Do(t.cancel)
+	t.once.Do(func() {
+		t.cancel()
+		_ = t.st.CloseRequest() // of a stream that has ended it is nothing
+	})
 	return nil
 }
 
