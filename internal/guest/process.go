@@ -92,6 +92,7 @@ func spawn(c *command, o startOptions, ended func(*proc)) (*proc, *reader, error
 		fl.closeAll(fl.parent)
 		return nil, nil, c.startError(err)
 	}
+	ordinary(cmd.Process.Pid)
 	p := &proc{
 		pid: cmd.Process.Pid, config: c.config, tag: o.tag, started: time.Now(),
 		out: newOutput(), in: fl.in, term: fl.term, gone: make(chan struct{}),
@@ -120,6 +121,16 @@ func spawn(c *command, o startOptions, ended func(*proc)) (*proc, *reader, error
 		ended(p)
 	}()
 	return p, r, nil
+}
+
+// ordinary takes from a new program, the leader of its group, what priority the
+// agent itself has before others. It comes after the start: until its program
+// runs it is part of the agent's own work.
+func ordinary(pid int) {
+	// The system call gives 20 less the nice value.
+	if prio, err := unix.Getpriority(unix.PRIO_PROCESS, 0); err == nil && prio > 20 {
+		_ = unix.Setpriority(unix.PRIO_PGRP, pid, 0) // one that has ended has none
+	}
 }
 
 // openPipes gives cmd pipes of its user's: a program may open /dev/stdout.

@@ -36,6 +36,7 @@ var sysctls = []struct{ name, value string }{
 	{"net.ipv4.ping_group_range", "0 2147483647"}, // ping without privileges
 	{"net.ipv4.ip_unprivileged_port_start", "80"}, // a web server as the user
 	{"kernel.core_pattern", "core"},               // never a pipe to a missing program
+	{"kernel.sched_autogroup_enabled", "0"},       // it would void priorities between sessions, and every command is one
 }
 
 func setSysctls(warn func(doing string, err error)) {
