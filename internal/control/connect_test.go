@@ -109,7 +109,7 @@ func TestEgressIsCheckedAndKept(t *testing.T) {
 	f := setup(t)
 	sb := f.create(t, control.CreateParams{})
 	for _, c := range []struct{ entry, want string }{
-		{"example.com", "not supported"}, {"2001:db8::1", "IPv4"}, {"10.0.0.0/33", "prefix"}, {"", "prefix"}, {"::ffff:10.0.0.1/128", "IPv4"},
+		{"example.com", "0.0.0.0/0"}, {"no name!", "name such as"}, {"com", "name such as"}, {"a.*.example", "name such as"}, {"2001:db8::1", "IPv4"}, {"10.0.0.0/33", "prefix"}, {"", "prefix"}, {"::ffff:10.0.0.1/128", "IPv4"},
 	} {
 		_, err := f.SetEgress(t.Context(), sb.ID, &control.Egress{Allow: []string{c.entry}})
 		if control.CodeOf(err) != control.CodeInvalid || !strings.Contains(err.Error(), c.want) {
@@ -118,6 +118,20 @@ func TestEgressIsCheckedAndKept(t *testing.T) {
 	}
 	if _, err := f.SetEgress(t.Context(), sb.ID, &control.Egress{Deny: make([]string, control.MaxEgressRules+1)}); control.CodeOf(err) != control.CodeInvalid {
 		t.Errorf("too many entries: %v", err)
+	}
+	if _, err := f.SetEgress(t.Context(), sb.ID, &control.Egress{Allow: []string{"192.0.2.1"}, Deny: []string{"0.0.0.0/0"}}); err != nil {
+		t.Fatal(err)
+	}
+	closed := false
+	for _, e := range []control.Egress{
+		{Allow: []string{"*.Example.com.", "example.com"}, Deny: []string{"0.0.0.0/0"}}, {Allow: []string{"*.example.com", "example.com"}, Internet: &closed},
+	} {
+		if _, err := f.SetEgress(t.Context(), sb.ID, &e); err != nil || f.host.Egress(sb.ID).Allow[0] != "*.example.com" {
+			t.Errorf("names: %+v, %v", f.host.Egress(sb.ID), err)
+		}
+	}
+	if _, err := f.SetEgress(t.Context(), sb.ID, &control.Egress{Deny: []string{"example.com"}}); control.CodeOf(err) != control.CodeInvalid {
+		t.Errorf("a name that is denied: %v", err)
 	}
 	if _, err := f.SetEgress(t.Context(), sb.ID, &control.Egress{Allow: []string{"192.0.2.1"}, Deny: []string{"0.0.0.0/0"}}); err != nil {
 		t.Fatal(err)

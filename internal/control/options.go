@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 )
@@ -24,6 +25,8 @@ type SandboxOptions struct {
 	HostMask string `json:"host_mask,omitempty"`
 	// Egress is what the guest may reach; nil is the default.
 	Egress *Egress `json:"egress,omitempty"`
+	// Alias is the built template whose tag led to the row's Template.
+	Alias string `json:"alias,omitempty"`
 }
 
 func (o SandboxOptions) clone() SandboxOptions {
@@ -32,12 +35,14 @@ func (o SandboxOptions) clone() SandboxOptions {
 }
 
 // Egress is what a guest may reach of the public IPv4 internet; private ranges
-// are closed in any case. Allowed prefixes go before denied ones.
+// are closed in any case. What is allowed goes before what is denied.
 type Egress struct {
 	// Internet is what happens to what neither list names; nil is open.
-	Internet *bool    `json:"internet,omitempty"`
-	Allow    []string `json:"allow,omitempty"`
-	Deny     []string `json:"deny,omitempty"`
+	Internet *bool `json:"internet,omitempty"`
+	// Allow has prefixes, and names: example.com, or *.example.com for all
+	// below it. Names need all else denied.
+	Allow []string `json:"allow,omitempty"`
+	Deny  []string `json:"deny,omitempty"`
 }
 
 func (e *Egress) clone() *Egress {
@@ -65,12 +70,32 @@ func (e *Egress) validate() error {
 			return Invalid(l.field, "must have at most %d entries; has %d", MaxEgressRules, len(l.list))
 		}
 		for i, s := range l.list {
+			if name := strings.ToLower(strings.TrimSuffix(s, ".")); len(name) <= 253 && domainRE.MatchString(name) {
+				l.list[i] = name
+				continue
+			}
 			p, err := ParsePrefix(l.field, s)
 			if err != nil {
 				return err
 			}
 			l.list[i] = p.String()
 		}
+	}
+	return e.validateNames()
+}
+
+var domainRE = regexp.MustCompile(`^(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// validateNames: a name opens addresses when the guest asks for it, so it can
+// neither be denied nor be an exception from what is open anyway.
+func (e *Egress) validateNames() error {
+	if i := slices.IndexFunc(e.Deny, domainRE.MatchString); i >= 0 {
+		return Invalid("denyOut", "%.64q: names cannot be denied; deny 0.0.0.0/0 and allow the names that may be reached", e.Deny[i])
+	}
+	i := slices.IndexFunc(e.Allow, domainRE.MatchString)
+	closed := e.Internet != nil && !*e.Internet || slices.Contains(e.Deny, "0.0.0.0/0")
+	if i >= 0 && !closed {
+		return Invalid("allowOut", "%.64q: to allow a name, deny all else: add 0.0.0.0/0 to denyOut", e.Allow[i])
 	}
 	return nil
 }
@@ -87,7 +112,7 @@ func ParsePrefix(field, s string) (netip.Prefix, error) {
 	if err == nil || strings.Contains(s, ":") {
 		return p, Invalid(field, "%.64q is not IPv4; sandboxes have no IPv6", s)
 	}
-	return p, Invalid(field, "%.64q must be an IPv4 address or a prefix such as 10.0.0.0/8; names are not supported yet", s)
+	return p, Invalid(field, "%.64q must be an IPv4 address, a prefix such as 192.0.2.0/24 or a name such as example.com or *.example.com", s)
 }
 
 // NewTrafficToken makes what opens private ports.

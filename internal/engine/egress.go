@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"net/netip"
 
+	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 )
 
 // Egress is what a guest may reach of the public IPv4 internet: prefixes in
-// the form 192.0.2.0/24. Allowed ones go before denied ones.
+// the form 192.0.2.0/24. Allowed ones, which may also be names, go before
+// denied ones.
 type Egress struct {
 	DenyInternet bool     `json:"deny_internet,omitempty"`
 	Allow        []string `json:"allow,omitempty"`
@@ -27,10 +29,13 @@ func (e *Egress) check() error {
 	if len(e.Allow) > maxEgress || len(e.Deny) > maxEgress {
 		return fmt.Errorf("%w: egress: each list must have at most %d prefixes", ErrInvalid, maxEgress)
 	}
-	for _, l := range [][]string{e.Allow, e.Deny} {
+	for i, l := range [][]string{e.Allow, e.Deny} {
 		for _, s := range l {
+			if i == 0 && hostnet.ValidName(s) {
+				continue
+			}
 			if p, err := netip.ParsePrefix(s); err != nil || !p.Addr().Is4() {
-				return fmt.Errorf("%w: egress: %.64q is no IPv4 prefix", ErrInvalid, s)
+				return fmt.Errorf("%w: egress: %.64q is no IPv4 prefix, nor a name that is allowed", ErrInvalid, s)
 			}
 		}
 	}

@@ -45,18 +45,22 @@ func (s hostSlot) SetEgress(ctx context.Context, e *Egress) error {
 	h := hostnet.DefaultEgress
 	if e != nil {
 		h.AllowInternet = !e.DenyInternet
-		h.Allow, h.Deny = prefixes(e.Allow), prefixes(e.Deny)
+		h.Names, h.Allow = split(e.Allow)
+		_, h.Deny = split(e.Deny)
 	}
 	return s.slot.SetEgress(ctx, h)
 }
 
-// prefixes reads what Egress.check has passed.
-func prefixes(list []string) []netip.Prefix {
-	var out []netip.Prefix
+// split reads what Egress.check has passed.
+func split(list []string) (names []string, prefixes []netip.Prefix) {
 	for _, s := range list {
-		out = append(out, netip.MustParsePrefix(s))
+		if hostnet.ValidName(s) {
+			names = append(names, s)
+		} else {
+			prefixes = append(prefixes, netip.MustParsePrefix(s))
+		}
 	}
-	return out
+	return names, prefixes
 }
 
 func (s hostSlot) Release(ctx context.Context) error { return s.slot.Release(ctx) }

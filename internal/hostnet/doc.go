@@ -28,6 +28,8 @@
 //  5. Nothing that carries another owner's mark is ever changed or removed.
 //     Several pools (state directories) may share a host; slot numbers, and so
 //     names and addresses, are claimed host-wide.
-//  6. An OS thread that cannot be switched back to the host's namespace is
+//  6. A guest with names in its egress has its DNS queries answered by this
+//     process, for these names alone; an address is open once it was answered.
+//  7. An OS thread that cannot be switched back to the host's namespace is
 //     never given back to the Go scheduler.
 package hostnet

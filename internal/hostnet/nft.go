@@ -183,14 +183,20 @@ func loadSlotRules(e Egress, fresh bool) error {
 	if err != nil {
 		return fmt.Errorf("set of denied ranges: %w", err)
 	}
+	var named *nftables.Set
+	// Services of this namespace: there are none but the host's own dials, and
+	// the look-up of names where some are allowed.
+	input := []rule{match(iif("lo"), accept()), match(established(), accept())}
+	if len(e.Names) > 0 {
+		if named, err = namedSet(c, t); err != nil {
+			return err
+		}
+		input = append(input, match(iif(TapName), udpPort(dnsPort), accept()))
+		addRules(c, dnsChain(c, t), match(iif(TapName), udpPort(dnsPort), rule{&expr.Redir{}}))
+	}
 	egress := c.AddChain(&nftables.Chain{Name: egressName, Table: t})
-	addRules(c, egress, egressRules(e, private, allow, deny)...)
-
-	// Services of this namespace: there are none but the host's own dials.
-	addRules(c, baseChain(c, t, "input", nftables.ChainHookInput, nftables.ChainPolicyDrop),
-		match(iif("lo"), accept()),
-		match(established(), accept()),
-		drop())
+	addRules(c, egress, egressRules(e, private, allow, named, deny)...)
+	addRules(c, baseChain(c, t, "input", nftables.ChainHookInput, nftables.ChainPolicyDrop), append(input, drop())...)
 
 	// Outward every packet passes the egress chain, not only a connection's
 	// first: a policy that changes holds for open connections too.
@@ -225,12 +231,15 @@ func ingressRules(c *nftables.Conn, t *nftables.Table) {
 }
 
 // egressRules: what is private first, whatever the lists say.
-func egressRules(e Egress, private, allow, deny *nftables.Set) []rule {
+func egressRules(e Egress, private, allow, named, deny *nftables.Set) []rule {
 	rules := []rule{
 		match(daddrIn(private), drop()),
 		match(daddrIn(allow), accept()),
-		match(daddrIn(deny), drop()),
 	}
+	if named != nil {
+		rules = append(rules, match(daddrIn(named), keepNamed(named), accept()))
+	}
+	rules = append(rules, match(daddrIn(deny), drop()))
 	if e.AllowInternet {
 		return append(rules, accept())
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -37,7 +38,10 @@ type Options struct {
 	// StateDir is whose slots these are: a pool finds those of an earlier
 	// process by it. One process at a time may have a pool with it.
 	StateDir string
-	Logger   *slog.Logger
+	// Lookup gives a name's IPv4 addresses for guests that may reach names; nil
+	// asks as the host's own programs do.
+	Lookup func(ctx context.Context, name string) ([]netip.Addr, error)
+	Logger *slog.Logger
 }
 
 // Pool owns the slots of one state directory. Life cycle: NewPool, then Adopt
@@ -51,6 +55,7 @@ type Pool struct {
 	home   *os.File
 	lock   *os.File
 	log    *slog.Logger
+	lookup func(ctx context.Context, name string) ([]netip.Addr, error)
 
 	threads chan struct{}
 	wg      sync.WaitGroup // builds and reclaims
@@ -115,6 +120,9 @@ func newPool(o Options) (*Pool, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
+	if o.Lookup == nil {
+		o.Lookup = lookupAsHost
+	}
 	l, err := newLayout(o.Prefix)
 	if err != nil {
 		return nil, err
@@ -131,7 +139,7 @@ func newPool(o Options) (*Pool, error) {
 	if o.StateDir == "" {
 		return nil, errors.New("state directory is empty")
 	}
-	p := &Pool{layout: l, max: o.Max, size: o.Size, log: o.Logger,
+	p := &Pool{layout: l, max: o.Max, size: o.Size, log: o.Logger, lookup: o.Lookup,
 		threads: make(chan struct{}, maxThreads), used: map[int]*Slot{},
 		orphans: map[int]bool{}, pending: map[int]bool{}}
 	if p.owner, p.lock, err = lockStateDir(o.StateDir); err != nil {

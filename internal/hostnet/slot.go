@@ -34,10 +34,14 @@ type Egress struct {
 	AllowInternet bool
 	// Allow and Deny are IPv4 prefixes. Allow goes before Deny.
 	Allow, Deny []netip.Prefix
+	// Names are allowed as Allow is: the addresses to which the host resolves
+	// them when the guest asks. ValidName says what they are.
+	Names []string
 }
 
 func (e Egress) equal(o Egress) bool {
-	return e.AllowInternet == o.AllowInternet && slices.Equal(e.Allow, o.Allow) && slices.Equal(e.Deny, o.Deny)
+	return e.AllowInternet == o.AllowInternet && slices.Equal(e.Allow, o.Allow) && slices.Equal(e.Deny, o.Deny) &&
+		slices.Equal(e.Names, o.Names)
 }
 
 // DefaultEgress is what a fresh slot has.
@@ -55,6 +59,7 @@ type Slot struct {
 	mu     sync.RWMutex // read: ns is in use
 	ns     *os.File     // nil when released
 	egress Egress
+	dns    *resolver // nil where no names are allowed
 }
 
 // in runs fn inside the slot's namespace.
@@ -81,14 +86,28 @@ func (s *Slot) SetEgress(ctx context.Context, e Egress) error {
 		return context.Cause(ctx)
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	old, err := s.setEgress(e)
+	s.mu.Unlock()
+	old.close() // it may be waiting for mu
+	return err
+}
+
+// setEgress is SetEgress. It returns the resolver that is not needed any more.
+// Held: mu.
+func (s *Slot) setEgress(e Egress) (old *resolver, err error) {
 	if s.ns == nil {
-		return ErrReleased
+		return nil, ErrReleased
 	}
 	if e.equal(s.egress) {
-		return nil
+		return nil, nil
 	}
-	err := inNetns(s.pool.home, s.ns, func() error {
+	if len(e.Names) > 0 && s.dns == nil {
+		if s.dns, err = s.newResolver(); err != nil {
+			return nil, fmt.Errorf("set the egress of slot %d: %w", s.Index, err)
+		}
+	}
+	s.dns.allow(e.Names)
+	err = inNetns(s.pool.home, s.ns, func() error {
 		tap, err := netlink.LinkByName(TapName)
 		if err != nil {
 			return fmt.Errorf("find %s: %w", TapName, err)
@@ -100,10 +119,14 @@ func (s *Slot) SetEgress(ctx context.Context, e Egress) error {
 		return loadSlotRules(e, false)
 	})
 	if err != nil {
-		return fmt.Errorf("set the egress of slot %d: %w", s.Index, err)
+		s.dns.allow(s.egress.Names)
+		return nil, fmt.Errorf("set the egress of slot %d: %w", s.Index, err)
 	}
 	s.egress = e
-	return nil
+	if len(e.Names) == 0 {
+		old, s.dns = s.dns, nil
+	}
+	return old, nil
 }
 
 // Release gives the slot back; the VM must be dead. It returns at once: the
@@ -120,11 +143,14 @@ func (s *Slot) Release(context.Context) error {
 // detach ends the use of the namespace; false if it had ended.
 func (s *Slot) detach() bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.ns == nil {
+		s.mu.Unlock()
 		return false
 	}
 	s.ns.Close()
-	s.ns = nil
+	dns := s.dns
+	s.ns, s.dns = nil, nil
+	s.mu.Unlock()
+	dns.close() // its socket would keep the namespace
 	return true
 }
