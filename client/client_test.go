@@ -207,6 +207,11 @@ func TestBadValuesAreNotSent(t *testing.T) {
 			t.Errorf("delete snapshot %q: %v", n, err)
 		}
 	}
+	for _, n := range []string{"A", "a:", "a:b:c", "a:../b", ":b"} {
+		if _, err := c.CreateSandbox(ctx, client.CreateSandboxRequest{Template: n}); !client.IsInvalidRequest(err) {
+			t.Errorf("create from %q: %v", n, err)
+		}
+	}
 	for name, err := range map[string]error{
 		"fork 0":           second(c.ForkSandbox(ctx, "a", 0)),
 		"negative timeout": second(c.SetTimeout(ctx, "a", -time.Second)),

@@ -50,7 +50,7 @@ type SandboxPage struct {
 // CreateSandbox creates a sandbox from a template.
 func (c *Client) CreateSandbox(ctx context.Context, req CreateSandboxRequest) (*Sandbox, error) {
 	if req.Template != "" {
-		if err := checkName(req.Template); err != nil {
+		if err := checkTemplate(req.Template); err != nil {
 			return nil, err
 		}
 	}

@@ -2,6 +2,7 @@ package client
 
 import (
 	"regexp"
+	"strings"
 	"time"
 )
 
@@ -66,6 +67,7 @@ const (
 var (
 	idPattern   = regexp.MustCompile(`^[a-z0-9]{1,64}$`)
 	namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
+	tagPattern  = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
 )
 
 // checkID refuses what cannot be a sandbox ID, the empty string above all:
@@ -75,6 +77,15 @@ func checkID(id string) error {
 		return invalid("sandbox id %.80q: must be lower-case letters and digits", id)
 	}
 	return nil
+}
+
+// checkTemplate takes a name, and a built template's with a tag.
+func checkTemplate(template string) error {
+	name, tag, tagged := strings.Cut(template, ":")
+	if tagged && !tagPattern.MatchString(tag) {
+		return invalid("template %.80q: the tag after the colon must be 1 to 63 letters, digits, dots, underscores and hyphens", template)
+	}
+	return checkName(name)
 }
 
 func checkName(name string) error {

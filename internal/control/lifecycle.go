@@ -110,6 +110,9 @@ func plan(p CreateParams, t Template) (Sandbox, error) {
 	if sb.ID == "" {
 		sb.ID = newID()
 	}
+	if name, _, _ := strings.Cut(p.Template, ":"); name != t.Name {
+		sb.Options.Alias = name
+	}
 	if t.Type != TemplateSnapshot {
 		if p.VCPUs != nil {
 			sb.VCPUs = int(*p.VCPUs)

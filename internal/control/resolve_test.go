@@ -3,6 +3,7 @@ package control_test
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 
 	"git.omukk.dev/wrenn/sandbox/internal/control"
@@ -42,6 +43,8 @@ func TestNamesWithTags(t *testing.T) {
 	} {
 		if sb, err := s.Create(t.Context(), control.CreateParams{Template: name}); err != nil || sb.Template != want {
 			t.Errorf("%s: from %q, %v; want %q", name, sb.Template, err, want)
+		} else if alias := strings.HasPrefix(name, "web"); (sb.Options.Alias == "web") != alias || !alias && sb.Options.Alias != "" {
+			t.Errorf("%s: the alias is %q", name, sb.Options.Alias)
 		}
 	}
 	for name, want := range map[string]control.Code{
