@@ -185,14 +185,16 @@ func (s *stack) serveAgent(dir string) (hostagentv1connect.HostAgentServiceClien
 	// Streams in both directions need HTTP/2.
 	var h2 http.Protocols
 	h2.SetUnencryptedHTTP2(true)
-	// Every connection into a sandbox is a stream here. One whose guest does
-	// not read holds up what it has sent, and nobody else.
-	srv := &http.Server{Handler: mux, Protocols: &h2, HTTP2: &http.HTTP2Config{
-		MaxConcurrentStreams: 1000, MaxReceiveBufferPerConnection: 1 << 30, MaxReceiveBufferPerStream: 1 << 20,
-	}}
+	// Every connection into a sandbox is a stream here. One whose reader, a
+	// guest or a client, does not read holds up what was sent to it, and nobody
+	// else; and it can have us hold no more than its window and a frame.
+	windows := &http.HTTP2Config{
+		MaxConcurrentStreams: 1000, MaxReceiveBufferPerConnection: 1 << 30, MaxReceiveBufferPerStream: 128 << 10, MaxReadFrameSize: 64 << 10,
+	}
+	srv := &http.Server{Handler: mux, Protocols: &h2, HTTP2: windows}
 	go srv.Serve(l)
 	s.push(srv.Close)
-	transport := &http.Transport{Protocols: &h2, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	transport := &http.Transport{Protocols: &h2, HTTP2: windows, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", path)
 	}}
@@ -236,9 +238,11 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	if err != nil {
 		return err
 	}
+	limiter := httpapi.NewLimiter(o.limits)
 	api := httpapi.New(httpapi.Options{
-		Service: service, Logger: s.log, Metrics: s.metrics, Limits: o.limits, Checks: s.checks(o.dir),
+		Service: service, Logger: s.log, Metrics: s.metrics, Limiter: limiter, Checks: s.checks(o.dir),
 	})
+	routes.Limit = limiter.Begin
 	s.openTraffic(o, service, api, routes)
 	return nil
 }

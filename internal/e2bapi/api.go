@@ -1,6 +1,7 @@
 package e2bapi
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -36,6 +37,9 @@ type Options struct {
 	PrivatePorts bool
 	// Logger: nil discards.
 	Logger *slog.Logger
+	// Limit counts a request of an API key in, or refuses it with an error that
+	// has RetryAfter() string, in seconds; nil: there is no limit.
+	Limit func(keyID string) (end func(), err error)
 	// More adds routes behind the same authentication, Public such without it;
 	// nil adds none. They write their errors with fail.
 	More, Public func(r chi.Router, fail func(http.ResponseWriter, *http.Request, error))
@@ -109,17 +113,28 @@ func (a *api) authenticate(next http.Handler) http.Handler {
 				key = strings.TrimSpace(token)
 			}
 		}
-		_, err := a.svc.Authenticate(r.Context(), key)
+		k, err := a.svc.Authenticate(r.Context(), key)
 		if rest, ok := strings.CutPrefix(key, "e2b_"); ok && control.CodeOf(err) == control.CodeUnauthorized {
-			_, err = a.svc.Authenticate(r.Context(), "wrn_"+rest)
+			k, err = a.svc.Authenticate(r.Context(), "wrn_"+rest)
 		}
 		if err != nil {
 			a.fail(w, r, err)
 			return
 		}
-		next.ServeHTTP(w, r)
+		if a.Limit != nil {
+			end, err := a.Limit(k.ID)
+			if err != nil {
+				a.fail(w, r, err)
+				return
+			}
+			defer end()
+		}
+		next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), keyID{}, k.ID)))
 	})
 }
+
+// keyID is where a request's context has the ID of its API key.
+type keyID struct{}
 
 // handler is a handler that returns its error instead of writing it, before it
 // has begun its answer.
@@ -140,6 +155,7 @@ var statusOf = map[control.Code]int{
 	control.CodeConflict:        http.StatusConflict,
 	control.CodeInvalidState:    http.StatusConflict,
 	control.CodeTooLarge:        http.StatusRequestEntityTooLarge,
+	control.CodeRateLimited:     http.StatusTooManyRequests,
 	control.CodeHostUnavailable: http.StatusServiceUnavailable,
 	control.CodeInternal:        http.StatusInternalServerError,
 }
@@ -167,6 +183,14 @@ func (a *api) fail(w http.ResponseWriter, r *http.Request, err error) {
 	a.log.Log(r.Context(), level, "request failed", "method", r.Method, "path", r.URL.Path, "status", status, "err", err)
 	if status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1")
+		var later interface{ RetryAfter() string }
+		if errors.As(err, &later) {
+			w.Header().Set("Retry-After", later.RetryAfter())
+		}
+		// The SDKs send such requests again by themselves.
+		if e, ok := errors.AsType[*control.Error](err); ok && e.Uncertain {
+			w.Header().Set("Should-Retry", "false")
+		}
 	}
 	writeError(w, status, message)
 }

@@ -88,13 +88,19 @@ func endOf(sb control.Sandbox) time.Time {
 	return never
 }
 
+// templateOf is the template as the caller named it: a built one's own name, not
+// that of the snapshot it led to.
+func templateOf(sb control.Sandbox) string {
+	return cmp.Or(sb.Options.Alias, sb.Template)
+}
+
 func listedOf(sb control.Sandbox) listed {
 	md := sb.Metadata
 	if md == nil {
 		md = map[string]string{}
 	}
 	return listed{
-		TemplateID: sb.Template, Alias: sb.Template, SandboxID: sb.ID, ClientID: clientID, StartedAt: startOf(sb), EndAt: endOf(sb),
+		TemplateID: templateOf(sb), Alias: templateOf(sb), SandboxID: sb.ID, ClientID: clientID, StartedAt: startOf(sb), EndAt: endOf(sb),
 		CPUCount: sb.VCPUs, MemoryMB: sb.MemoryMB, DiskSizeMB: diskSizeMB,
 		State: stateOf(sb.Status), EnvdVersion: EnvdVersion, Metadata: md,
 	}
@@ -203,7 +209,7 @@ func listQueryOf(r *http.Request) (q listQuery, err error) {
 }
 
 func (q listQuery) takes(sb control.Sandbox) bool {
-	return slices.Contains(q.states, stateOf(sb.Status)) && (q.template == "" || q.template == sb.Template) &&
+	return slices.Contains(q.states, stateOf(sb.Status)) && (q.template == "" || q.template == sb.Template || q.template == sb.Options.Alias) &&
 		(q.after.IsZero() || startOf(sb).After(q.after))
 }
 

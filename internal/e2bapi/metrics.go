@@ -16,8 +16,10 @@ const (
 	SampleEvery = 10 * time.Second
 	// keepSamples bounds the history of one sandbox: six hours.
 	keepSamples = 6 * 360
-	// sampleAtOnce bounds the guests that are asked at the same time.
-	sampleAtOnce = 4
+	// sampleAtOnce bounds the guests that are asked at the same time, and
+	// sampleWait each of them: some that are silent must not keep the rest.
+	sampleAtOnce = 16
+	sampleWait   = 5 * time.Second
 )
 
 // History measures running sandboxes at intervals and remembers the figures in
@@ -77,6 +79,8 @@ func (h *History) Sample(ctx context.Context) {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
+			ctx, cancel := context.WithTimeout(ctx, sampleWait)
+			defer cancel()
 			if m, err := h.svc.Metrics(ctx, sb.ID); err == nil {
 				h.add(sb.ID, m)
 			}
@@ -93,7 +97,7 @@ func (h *History) Sample(ctx context.Context) {
 }
 
 func (h *History) add(id string, m control.Metrics) {
-	at := m.At.UTC()
+	at := time.Now().UTC() // a guest's own clock may say anything
 	s := sample{
 		Timestamp: at, TimestampUnix: at.Unix(), CPUCount: m.CPUCount, CPUUsedPct: m.CPUUsedPct,
 		MemUsed: m.MemUsed, MemTotal: m.MemTotal, MemCache: m.MemCache, DiskUsed: m.DiskUsed, DiskTotal: m.DiskTotal,

@@ -1,8 +1,13 @@
 package e2bapi
 
 import (
+	"bufio"
+	"context"
 	"encoding/json"
+	"fmt"
+	"io"
 	"net/http"
+	"strings"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/control"
@@ -48,6 +53,9 @@ type sandbox struct {
 }
 
 const clientID = "wrenn"
+
+// envdPort is where the guest agent listens.
+const envdPort = 49983
 
 // given tells whether JSON holds something.
 func given(raw json.RawMessage) bool {
@@ -114,12 +122,43 @@ func (a *api) create(sec int64) handler {
 		if err != nil {
 			return err
 		}
-		sb, err := a.svc.Create(r.Context(), p)
+		sb, err := a.createOnce(r, b, p)
 		if err != nil {
 			return err
 		}
 		return a.replySandbox(w, r, http.StatusCreated, sb)
 	}
+}
+
+// createOnce creates; a request that comes again under its Idempotency-Key gets
+// the sandbox that the first one made. Kept is its ID, never its tokens.
+func (a *api) createOnce(r *http.Request, b newSandbox, p control.CreateParams) (sb control.Sandbox, err error) {
+	names := r.Header.Values("Idempotency-Key")
+	if len(names) == 0 {
+		return a.svc.Create(r.Context(), p)
+	}
+	body, err := json.Marshal(b)
+	if err != nil {
+		return sb, fmt.Errorf("encode a request again: %w", err)
+	}
+	id, _ := r.Context().Value(keyID{}).(string)
+	var failed error
+	got, replayed, err := a.svc.Once(r.Context(), control.Answer{
+		Scope: id, Name: strings.Join(names, ","), Digest: control.RequestDigest(r.Method, r.URL.Path, body),
+	}, func() control.Answer {
+		if sb, failed = a.svc.Create(r.Context(), p); failed != nil {
+			status, _ := verdict(failed)
+			return control.Answer{Status: status}
+		}
+		return control.Answer{Status: http.StatusCreated, Body: sb.ID}
+	})
+	switch {
+	case err != nil:
+		return sb, err
+	case replayed:
+		return a.svc.Get(r.Context(), got.Body)
+	}
+	return sb, failed
 }
 
 func (a *api) replySandbox(w http.ResponseWriter, r *http.Request, status int, sb control.Sandbox) error {
@@ -134,7 +173,7 @@ func (a *api) replySandbox(w http.ResponseWriter, r *http.Request, status int, s
 func (a *api) sandboxOf(r *http.Request, sb control.Sandbox) (sandbox, error) {
 	token, err := a.svc.AccessToken(r.Context(), sb.ID)
 	return sandbox{
-		TemplateID: sb.Template, Alias: sb.Template, SandboxID: sb.ID, ClientID: clientID, EnvdVersion: EnvdVersion,
+		TemplateID: templateOf(sb), Alias: templateOf(sb), SandboxID: sb.ID, ClientID: clientID, EnvdVersion: EnvdVersion,
 		EnvdAccessToken: token, TrafficAccessToken: sb.Options.TrafficToken, Domain: a.Domain,
 	}, err
 }
@@ -261,15 +300,55 @@ func (a *api) refresh(w http.ResponseWriter, r *http.Request) error {
 
 func (a *api) pause(w http.ResponseWriter, r *http.Request) error {
 	var b struct {
-		Memory *bool `json:"memory"`
+		Memory         *bool `json:"memory"`
+		RequireHealthy bool  `json:"requireHealthyGuest"`
 	}
 	id, err := body(w, r, &b)
 	if err != nil {
 		return err
 	}
-	if _, err := a.svc.PauseSettled(r.Context(), id, b.Memory != nil && !*b.Memory); err != nil {
+	diskOnly := b.Memory != nil && !*b.Memory
+	// Without the guest's help what it has not written yet would be lost.
+	if diskOnly || b.RequireHealthy {
+		if err := a.guestAnswers(r.Context(), id); err != nil {
+			return err
+		}
+	}
+	if _, err := a.svc.PauseSettled(r.Context(), id, diskOnly); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// healthWait bounds the wait for a guest agent's answer.
+const healthWait = 10 * time.Second
+
+// guestAnswers asks a running sandbox's guest agent whether it is there; of any
+// other the pause itself says what is wrong.
+func (a *api) guestAnswers(ctx context.Context, id string) error {
+	sb, err := a.svc.Get(ctx, id)
+	if err != nil || sb.Status != control.StatusRunning {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, healthWait)
+	defer cancel()
+	silent := func(err error) error {
+		return &control.Error{Code: control.CodeHostUnavailable, Message: "the sandbox's guest agent does not answer; it goes on running", Err: err}
+	}
+	c, err := a.svc.Dial(ctx, id, envdPort)
+	if err != nil {
+		return silent(err)
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	if _, err := io.WriteString(c, "GET /health HTTP/1.1\r\nHost: sandbox\r\nConnection: close\r\n\r\n"); err != nil {
+		return silent(err)
+	}
+	// A status line is all that is wanted of a guest.
+	line, err := bufio.NewReader(io.LimitReader(c, 1<<10)).ReadString('\n')
+	if err != nil || !strings.HasPrefix(line, "HTTP/1.1 204") {
+		return silent(fmt.Errorf("the guest agent said %.40q: %w", line, err))
+	}
 	return nil
 }

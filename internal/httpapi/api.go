@@ -4,7 +4,6 @@ import (
 	_ "embed"
 	"log/slog"
 	"net/http"
-	"time"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/prometheus/client_golang/prometheus"
@@ -23,8 +22,8 @@ type Options struct {
 	Logger *slog.Logger
 	// Metrics holds the figures of GET /metrics; nil: NewMetrics.
 	Metrics *Metrics
-	// Limits bound what one API key may ask for.
-	Limits Limits
+	// Limiter bounds what one API key may ask for; nil: DefaultLimits.
+	Limiter *Limiter
 	// Checks are asked by GET /readyz besides the service's own.
 	Checks []control.Check
 }
@@ -33,14 +32,17 @@ type api struct {
 	svc     *control.Service
 	log     *slog.Logger
 	metrics *Metrics
-	limiter *limiter
+	limiter *Limiter
 }
 
 // New makes the handler of the whole API. It sets no time limits on
 // connections: an exec or an upload may take as long as its own limits allow.
 // The server around it should set ReadHeaderTimeout.
 func New(o Options) http.Handler {
-	a := &api{svc: o.Service, log: o.Logger, metrics: o.Metrics, limiter: newLimiter(o.Limits, time.Now)}
+	a := &api{svc: o.Service, log: o.Logger, metrics: o.Metrics, limiter: o.Limiter}
+	if a.limiter == nil {
+		a.limiter = NewLimiter(DefaultLimits)
+	}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}

@@ -68,7 +68,7 @@ func setup(t *testing.T) *server {
 // serve makes the server anew, with limits.
 func (s *server) serve(t *testing.T, l httpapi.Limits) {
 	t.Helper()
-	s.Server = httptest.NewServer(httpapi.New(httpapi.Options{Service: s.svc, Logger: s.log, Metrics: s.metrics, Limits: l}))
+	s.Server = httptest.NewServer(httpapi.New(httpapi.Options{Service: s.svc, Logger: s.log, Metrics: s.metrics, Limiter: httpapi.NewLimiter(l)}))
 	t.Cleanup(s.Close)
 }
 

@@ -61,7 +61,7 @@ func (a *api) fail(w http.ResponseWriter, r *http.Request, err error) {
 		level = slog.LevelWarn
 		w.Header().Set("Retry-After", "1")
 	} else if e, ok := errors.AsType[*limitError](err); ok {
-		w.Header().Set("Retry-After", retryAfter(e.after))
+		w.Header().Set("Retry-After", e.RetryAfter())
 	}
 	a.log.Log(r.Context(), level, "request failed", "request_id", requestIDOf(r), "method", r.Method,
 		"path", r.URL.Path, "code", code, "err", err)

@@ -43,9 +43,10 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
-// limiter has a bucket for each API key. Keys are rows of the database, so
-// there are as many as an administrator made.
-type limiter struct {
+// Limiter has a bucket for each API key, whichever surface its requests come
+// by. Keys are rows of the database, so there are as many as an administrator
+// made.
+type Limiter struct {
 	limits Limits
 	now    func() time.Time
 	mu     sync.Mutex
@@ -57,12 +58,14 @@ type keyUse struct {
 	underway int
 }
 
-func newLimiter(l Limits, now func() time.Time) *limiter {
-	return &limiter{limits: l.withDefaults(), now: now, keys: map[string]*keyUse{}}
+// NewLimiter makes one.
+func NewLimiter(l Limits) *Limiter {
+	return &Limiter{limits: l.withDefaults(), now: time.Now, keys: map[string]*keyUse{}}
 }
 
-// begin counts a request in, or says when to come again.
-func (l *limiter) begin(key string) (end func(), err error) {
+// Begin counts a request of the key with this ID in, or refuses it with an
+// error that has RetryAfter.
+func (l *Limiter) Begin(key string) (end func(), err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	u := l.keys[key]
@@ -95,18 +98,18 @@ type limitError struct {
 
 func (e *limitError) Error() string { return e.message }
 
+// RetryAfter is whole seconds, at least one.
+func (e *limitError) RetryAfter() string {
+	return strconv.Itoa(max(1, int(math.Ceil(e.after.Seconds()))))
+}
+
 func (e *limitError) Unwrap() error {
 	return &control.Error{Code: control.CodeRateLimited, Message: e.message}
 }
 
-// retryAfter is whole seconds, at least one.
-func retryAfter(d time.Duration) string {
-	return strconv.Itoa(max(1, int(math.Ceil(d.Seconds()))))
-}
-
 func (a *api) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		end, err := a.limiter.begin(apiKeyOf(r))
+		end, err := a.limiter.Begin(apiKeyOf(r))
 		if err != nil {
 			a.fail(w, r, err)
 			return
