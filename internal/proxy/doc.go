@@ -29,6 +29,9 @@
 //  2. The host's own calls (/init, /sync) are not forwarded, and every request
 //     that is carries X-Forwarded-For, by which the guest agent knows it.
 //  3. What opens a private port stays with the proxy: the guest never sees it.
-//  4. Bodies are streamed through bounded buffers; headers of both sides are
+//  4. A cookie of a guest's program is for its own host alone.
+//  5. Nothing is forwarded after which the proxy would not see what it forwards:
+//     no CONNECT, and no upgrade on the guest agent's port.
+//  6. Bodies are streamed through bounded buffers; headers of both sides are
 //     bounded; a body that stalls ends after idleBody.
 package proxy

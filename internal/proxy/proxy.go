@@ -1,10 +1,8 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"crypto/subtle"
-	"encoding/json"
 	"errors"
 	"io"
 	"log"
@@ -24,12 +22,15 @@ import (
 const (
 	// dialWait bounds the wait for a guest that does not take a connection.
 	dialWait = 15 * time.Second
-	// maxAnswerHeader bounds the headers of a guest's answer.
-	maxAnswerHeader = 256 << 10
+	// maxAnswerHeader bounds the headers of a guest's answer, and with the two
+	// bounds below the memory that guests and strangers can have us hold.
+	maxAnswerHeader = 64 << 10
 	// idleBody is how long a request's body may stand still.
 	idleBody = 5 * time.Minute
-	// maxRequests bounds the requests in one sandbox at a time.
+	// maxRequests bounds the requests in one sandbox at a time, maxAll those in
+	// all of them.
 	maxRequests = 2048
+	maxAll      = 16384
 	// copyBuffer is what a body passes through.
 	copyBuffer = 64 << 10
 )
@@ -50,8 +51,9 @@ type Proxy struct {
 	// request: when a guest's program closes an idle one is its own affair.
 	agent, ports *http.Transport
 
-	mu sync.Mutex
-	n  map[string]int // requests under way, by sandbox
+	mu  sync.Mutex
+	n   map[string]int // requests under way, by sandbox
+	all int
 }
 
 // New makes a Proxy.
@@ -63,14 +65,13 @@ func New(o Options) *Proxy {
 	p.agent = &http.Transport{
 		DialContext: p.dial, DisableCompression: true, MaxResponseHeaderBytes: maxAnswerHeader,
 		MaxIdleConns: 1024, MaxIdleConnsPerHost: 32, IdleConnTimeout: time.Minute,
-		WriteBufferSize: copyBuffer, ReadBufferSize: copyBuffer,
 	}
 	p.ports = &http.Transport{
 		DialContext: p.dial, DisableCompression: true, MaxResponseHeaderBytes: maxAnswerHeader,
-		DisableKeepAlives: true, WriteBufferSize: copyBuffer, ReadBufferSize: copyBuffer,
+		DisableKeepAlives: true,
 	}
 	p.reverse = &httputil.ReverseProxy{
-		Rewrite: p.rewrite, Transport: roundTripper{p}, ErrorHandler: p.failed, BufferPool: newBuffers(),
+		Rewrite: p.rewrite, Transport: roundTripper{p}, ErrorHandler: p.failed, ModifyResponse: narrowCookies, BufferPool: newBuffers(),
 		ErrorLog: log.New(io.Discard, "", 0), // a stream that breaks is no news
 	}
 	return p
@@ -109,6 +110,10 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request, rt route) {
 		answer(w, problem{rt.id, rt.bad, http.StatusBadRequest, 0})
 		return
 	}
+	if bad, code := unforwarded(r, rt); bad != "" {
+		answer(w, problem{rt.id, bad, code, 0})
+		return
+	}
 	if rt.signed {
 		sb, ok, err := p.svc.FindByToken(r.Context(), signedBy(r))
 		if err != nil {
@@ -120,10 +125,6 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request, rt route) {
 			return
 		}
 		rt.id = sb.ID
-	}
-	if rt.port == EnvdPort && hostsOwn(r.URL.Path) {
-		answer(w, problem{rt.id, "only the sandbox's host may call this", http.StatusNotFound, 0})
-		return
 	}
 	if !p.enter(rt.id) {
 		w.Header().Set("Retry-After", "1")
@@ -143,18 +144,6 @@ func (p *Proxy) serve(w http.ResponseWriter, r *http.Request, rt route) {
 		r.Body = &pacedBody{ReadCloser: r.Body, rc: http.NewResponseController(w)}
 	}
 	p.reverse.ServeHTTP(w, r)
-}
-
-// hostsOwn names the guest agent's calls that are the host's alone, however
-// the path is written.
-func hostsOwn(path string) bool {
-	first := strings.TrimLeft(path, "/")
-	for _, own := range []string{"init", "sync"} {
-		if strings.EqualFold(first, own) || strings.HasPrefix(strings.ToLower(first), own+"/") {
-			return true
-		}
-	}
-	return strings.Contains(path, "/../") || strings.Contains(path, "/./")
 }
 
 // errPrivate refuses traffic without the token that a private port asks for.
@@ -182,16 +171,18 @@ func (p *Proxy) reach(r *http.Request, rt route) (control.Sandbox, error) {
 func (p *Proxy) enter(id string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.n[id] >= maxRequests {
+	if p.n[id] >= maxRequests || p.all >= maxAll {
 		return false
 	}
 	p.n[id]++
+	p.all++
 	return true
 }
 
 func (p *Proxy) leave(id string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.all--
 	if p.n[id]--; p.n[id] == 0 {
 		delete(p.n, id)
 	}
@@ -265,21 +256,4 @@ func (p *Proxy) refuse(w http.ResponseWriter, r *http.Request, rt route, err err
 	}
 	p.log.InfoContext(ctx, "request into a sandbox failed", "sandbox", rt.id, "port", rt.port, "err", err)
 	answer(w, problem{rt.id, "The sandbox did not answer", http.StatusBadGateway, 0})
-}
-
-// problem is an answer of the proxy's own.
-type problem struct {
-	SandboxID string `json:"sandboxId"`
-	Message   string `json:"message"`
-	Code      int    `json:"code"`
-	Port      int    `json:"port,omitempty"`
-}
-
-func answer(w http.ResponseWriter, p problem) {
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "no-store")
-	w.WriteHeader(p.Code)
-	var b bytes.Buffer
-	_ = json.NewEncoder(&b).Encode(p) // strings and numbers
-	_, _ = w.Write(b.Bytes())
 }
