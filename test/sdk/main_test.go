@@ -21,7 +21,7 @@ const domain = "wrenn.test"
 
 var (
 	server *harness.Server
-	sdk    sdks
+	sdk    SDKs
 	tlsAt  string // host:port of *.domain
 )
 
@@ -35,7 +35,7 @@ func run(m *testing.M) int {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	var err error
-	if sdk, err = install(ctx); err != nil {
+	if sdk, err = Install(ctx); err != nil {
 		fmt.Println("install the SDKs:", err)
 		return 1
 	}
@@ -93,7 +93,10 @@ type verdict struct {
 
 // modeA is the environment with which an SDK finds the server by two URLs, over
 // plain HTTP.
-func modeA(t *testing.T) []string {
+func modeA(t *testing.T) []string { return modeAOf(t, server) }
+
+func modeAOf(t *testing.T, server *harness.Server) []string {
+	t.Helper()
 	key, err := os.ReadFile(filepath.Join(server.Dir, "api-key"))
 	if err != nil {
 		t.Fatal(err)
@@ -106,7 +109,7 @@ func modeA(t *testing.T) []string {
 // script runs one and makes a subtest of each of its checks.
 func script(t *testing.T, env []string, program string, args ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = append(cleanEnv(), env...)
@@ -155,7 +158,7 @@ func cleanEnv() []string {
 		}
 	}
 	// The SDKs of the JavaScript scripts are not beside them.
-	return append(out, "PYTHONUNBUFFERED=1", "PYTHONDONTWRITEBYTECODE=1", "WRENN_SDK_DIR="+sdk.dir)
+	return append(out, "PYTHONUNBUFFERED=1", "PYTHONDONTWRITEBYTECODE=1", "WRENN_SDK_DIR="+sdk.Dir)
 }
 
 // published is the domain with the port of the TLS listener.

@@ -1,7 +1,20 @@
 // Every documented method of Sandbox, commands, files and pty in JavaScript.
-import { assert, check, e2b, eventually, main, raises } from './checks.mjs'
+import { assert, check, e2b, everyMethodOf, eventually, main, raises } from './checks.mjs'
 
 const { Sandbox, CommandExitError, NotFoundError, AuthenticationError, InvalidArgumentError, TimeoutError, SandboxError } = e2b
+const of = (o) => Object.getPrototypeOf(o)
+const some = new Sandbox({ sandboxId: 'some', envdVersion: '0.6.13' })
+const unused = everyMethodOf(
+  { Sandbox, sandbox: Sandbox.prototype, files: of(some.files), commands: of(some.commands), pty: of(some.pty), git: of(some.git) },
+  [
+    // There is no MCP gateway; a git server that wants a password is another one's.
+    'sandbox.getMcpUrl', 'sandbox.getMcpToken', 'git.dangerouslyAuthenticate',
+    // Not in the types.
+    ...['connectSandbox', 'createSandbox', 'forkSandbox', 'resolveOpts'].map((n) => 'Sandbox.' + n),
+    ...['resolveApiOpts', 'fileUrl'].map((n) => 'sandbox.' + n), 'commands.start',
+    ...['getRemoteUrl', 'hasUpstream', 'resolveRemoteName', 'runGit', 'runShell', 'withRemoteCredentials'].map((n) => 'git.' + n),
+  ],
+)
 const box = await Sandbox.create({ timeoutMs: 600_000, metadata: { js: 'ü &=1' }, envs: { COLOR: 'green' } })
 
 check('info_and_list', async () => {
@@ -107,7 +120,7 @@ check('a_full_pool_of_streams', async () => {
   // The SDKs take 200 connections to one origin at most, and all sandboxes are
   // one here. Of one process: a guest without KVM starts few in a second.
   const h = await box.commands.run('sleep 1000', { background: true, timeoutMs: 0 })
-  const all = await Promise.all(Array.from({ length: 190 }, () => box.commands.connect(h.pid, { timeoutMs: 0 })))
+  const all = await Promise.all(Array.from({ length: 198 }, () => box.commands.connect(h.pid, { timeoutMs: 0 })))
   assert.equal(await box.files.exists('/etc/hostname'), true)
   await h.kill()
   await Promise.all([h, ...all].map((c) => raises(CommandExitError, c.wait())))
@@ -151,12 +164,95 @@ check('errors', async () => {
   assert.equal(await Sandbox.deleteSnapshot('ns/no:such'), false)
 })
 
+check('input_of_many_kinds', async () => {
+  const h = await box.commands.run('cat', { background: true, stdin: true })
+  await h.sendStdin('one\n')
+  await h.sendStdin(new TextEncoder().encode('zwö\n'))
+  await h.closeStdin()
+  assert.equal((await h.wait()).stdout, 'one\nzwö\n')
+  let out = ''
+  const t = await box.pty.create({ cols: 80, rows: 24, onData: () => {}, timeoutMs: 0 })
+  const again = await box.pty.connect(t.pid, { onData: (d) => (out += new TextDecoder().decode(d)), timeoutMs: 0 })
+  await box.pty.sendInput(t.pid, new TextEncoder().encode('echo $((20+3)); exit 3\n'))
+  assert.equal((await raises(CommandExitError, again.wait())).exitCode, 3)
+  assert.match(out, /23/)
+  const k = await box.pty.create({ cols: 80, rows: 24, onData: () => {}, timeoutMs: 0 })
+  assert.equal(await box.pty.kill(k.pid), true)
+  const w = await box.files.writeFiles([{ path: 'wf/1', data: '1' }, { path: 'wf/2', data: new Blob(['2']) }])
+  assert.deepEqual(w.map((f) => f.name), ['1', '2'])
+})
+
+check('git', async () => {
+  const g = box.git
+  await g.configureUser('A User', 'a@example.com')
+  await g.setConfig('init.defaultBranch', 'main')
+  assert.equal(await g.getConfig('user.name'), 'A User')
+  await g.init('work', { initialBranch: 'main' })
+  await g.init('bare.git', { bare: true, initialBranch: 'main' })
+  await box.files.write('work/a', '1\n')
+  await g.add('work')
+  await g.commit('work', 'one')
+  await g.remoteAdd('work', 'origin', '/home/user/bare.git')
+  assert.equal(await g.remoteGet('work', 'origin'), '/home/user/bare.git')
+  await g.push('work', { remote: 'origin', branch: 'main' })
+  await g.clone('file:///home/user/bare.git', { path: 'copy', depth: 1 })
+  await g.createBranch('work', 'topic')
+  await g.checkoutBranch('work', 'main')
+  assert.deepEqual((await g.branches('work')).branches.sort(), ['main', 'topic'])
+  await g.deleteBranch('work', 'topic')
+  await box.files.write('work/a', '2\n')
+  await g.restore('work', { paths: ['a'] })
+  await g.reset('work', { mode: 'hard' })
+  assert.equal((await g.status('work')).isClean, true)
+  await g.pull('copy')
+  assert.equal(await box.files.read('copy/a'), '1\n')
+})
+
+check('life_cycle_by_id', async () => {
+  const s = await Sandbox.create({ timeoutMs: 600_000, allowInternetAccess: false })
+  const i = s.sandboxId
+  const info = await Sandbox.getFullInfo(i)
+  assert.equal(info.allowInternetAccess, false)
+  await Sandbox.setTimeout(i, 500_000)
+  await s.updateNetwork({ allowOut: ['*.wrenn.test'], denyOut: ['0.0.0.0/0'] })
+  assert.deepEqual((await s.getInfo()).network.allowOut, ['*.wrenn.test'])
+  await Sandbox.updateNetwork(i, {})
+  assert((await s.getMetrics()).length >= 0 && Array.isArray(await Sandbox.getMetrics(i)))
+  assert.equal(await Sandbox.pause(i), true)
+  assert.equal(await Sandbox.pause(i), false)
+  await Sandbox.connect(i)
+  assert.equal(await Sandbox.betaPause(i), true)
+  await s.connect()
+  assert.equal(await s.betaPause(), true)
+  await s.connect()
+  const a = await Sandbox.createSnapshot(i, { name: 'js-by-id' })
+  const named = await Sandbox.listSnapshots({ sandboxId: i, name: 'js-by-id' }).nextItems()
+  assert.deepEqual(named.map((x) => x.snapshotId), ['js-by-id'])
+  assert.equal(await Sandbox.deleteSnapshot(a.snapshotId), true)
+  for (const forks of [await s.fork({ timeoutMs: 60_000 }), await Sandbox.fork(i, { timeoutMs: 60_000, count: 1 })]) {
+    assert.equal(forks.length, 1)
+    assert.equal(await Sandbox.kill(forks[0].sandboxId), true)
+  }
+  assert.equal(await Sandbox.kill(i), true)
+})
+
+check('a_client_object', async () => {
+  const c = new e2b.E2B({ apiKey: process.env.E2B_API_KEY })
+  assert.equal((await (await c.Sandbox.connect(box.sandboxId)).commands.run('echo bound')).stdout, 'bound\n')
+  assert.equal(await c.Template.exists('base'), true)
+  assert.equal(box.getHost(3000), `3000-${box.sandboxId}.${box.sandboxDomain}`)
+})
+
 check('kill_while_streaming', async () => {
   const h = await box.commands.run('sleep 1000', { background: true, timeoutMs: 0 })
   const [e] = await Promise.all([raises(TimeoutError, h.wait()), box.kill()])
   assert.match(e.message, /sandbox was killed/)
   assert.equal(await box.isRunning(), false)
   assert.equal(await box.kill(), false)
+})
+
+check('every_documented_method_was_used', async () => {
+  assert.deepEqual(unused(), [])
 })
 
 await main()

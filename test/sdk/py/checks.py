@@ -36,6 +36,37 @@ def main():
     sys.exit(1 if failed else 0)
 
 
+class _Recorder:
+    """Stands in a class in place of one of its methods and notes who asks for it."""
+
+    def __init__(self, inner, name, asked):
+        self.inner, self.name, self.asked = inner, name, asked
+
+    def __get__(self, obj, owner=None):
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("e2b"):
+            self.asked.add(self.name)
+        return self.inner.__get__(obj, owner)
+
+
+def every_method_of(*classes, but=()):
+    """Makes a function that gives the public methods of classes that no check used.
+
+    but names those that have nothing to do with a server of ours.
+    """
+    every, asked = set(), set()
+    for c in classes:
+        for owner in c.__mro__[:-1]:
+            for name, inner in list(vars(owner).items()):
+                if name.startswith("_") or not callable(getattr(c, name)) or isinstance(inner, (type, _Recorder)):
+                    continue
+                full = f"{c.__name__}.{name}"
+                every.add(full)
+                setattr(owner, name, _Recorder(inner, full, asked))
+    wrong = set(but) - every
+    assert not wrong, f"there are no methods {wrong}"
+    return lambda: sorted(every - asked - set(but))
+
+
 _loop = asyncio.new_event_loop()
 
 

@@ -18,8 +18,20 @@ from e2b import (
 )
 from e2b.exceptions import AuthenticationException, InvalidArgumentException, SandboxException
 
-from checks import check, eventually, main, raises
+from e2b.sandbox_sync.commands.command import Commands
+from e2b.sandbox_sync.commands.command_handle import CommandHandle
+from e2b.sandbox_sync.commands.pty import Pty
+from e2b.sandbox_sync.filesystem.filesystem import Filesystem
+from e2b.sandbox_sync.filesystem.watch_handle import WatchHandle
+from e2b.sandbox_sync.git import Git
 
+from checks import check, eventually, every_method_of, main, raises
+
+unused = every_method_of(
+    Sandbox, Commands, CommandHandle, Filesystem, Pty, WatchHandle, Git,
+    # There is no MCP gateway; a git server that wants a password is another one's.
+    but=["Sandbox.get_mcp_url", "Sandbox.get_mcp_token", "Git.dangerously_authenticate"],
+)
 box = Sandbox.create(timeout=600, metadata={"who": "a b&c=d/é", "n": "1"}, envs={"COLOR": "green"})
 
 
@@ -53,6 +65,7 @@ def commands_run():
     out, err = [], []
     box.commands.run("echo 1; echo 2 >&2", on_stdout=out.append, on_stderr=err.append)
     assert "".join(out) == "1\n" and "".join(err) == "2\n", (out, err)
+    assert box.commands.run("nice; ps -o ni= -p $PPID | tr -d ' '").stdout == "0\n-20\n", "the agent goes before its commands"
     assert box.commands.run("printf 'h\\303\\251\\342\\202\\254'").stdout == "hé€"
 
 
@@ -171,6 +184,7 @@ def signed_urls():
         except urllib.error.HTTPError as e:
             return e.code, e.read()
 
+    assert box.get_host(8080) == f"8080-{box.sandbox_id}.{box.sandbox_domain}"
     assert status(box.download_url("s p+a/ü.txt").replace("signature=v1_", "signature=v1_A"))[0] == 401
     code, text = status(box.download_url("s p+a/ü.txt", use_signature_expiration=-5))
     assert code == 401 and b"signature is already expired" in text, (code, text)
@@ -241,11 +255,122 @@ def wrong_keys_and_names():
 
 
 @check
+def input_of_many_kinds():
+    h = box.commands.run("cat", background=True, stdin=True)
+    h.send_stdin("one\n")
+    box.commands.send_stdin(h.pid, b"\x66\xc3\xa9\n")
+    box.commands.stream_input(h.pid, (c for c in ["three\n", b"four\n"]))
+    h.close_stdin()
+    assert h.wait().stdout == "one\nfé\nthree\nfour\n"
+    lines = []
+    r = box.commands.run("seq 5", on_stdout=lines.append, retain_output=False)
+    assert "".join(lines) == "1\n2\n3\n4\n5\n" and r.stdout is None, (lines, r)
+    t = box.pty.create(e2b.PtySize(rows=24, cols=80), timeout=0)
+    again = box.pty.connect(t.pid, timeout=0)
+    box.pty.stream_input(t.pid, iter([b"echo a; ", b"exit 3\n"]))
+    assert raises(CommandExitException, again.wait).exit_code == 3
+
+
+@check
+def files_in_other_ways():
+    box.files.write("o", b"\0\1octets", use_octet_stream=True, metadata={"k": "v"})
+    assert bytes(box.files.read("o", format="bytes")) == b"\0\1octets" and box.files.get_info("o").metadata == {"k": "v"}
+    box.files.write("chunks", iter([b"a", b"b" * 100_000]))
+    assert len(box.files.read("chunks")) == 100_001
+    box.files.write_files([{"path": "p/1", "data": io.StringIO("ü")}, {"path": "p/2", "data": b"2"}], gzip=True, metadata={"a": "b"})
+    assert box.files.read("p/1") == "ü" and box.files.get_info("p/2").metadata == {"a": "b"}
+    h = box.files.watch_dir("p", include_entry=True)
+    box.files.write("p/3", "3")
+    seen = []
+
+    def made():
+        seen.extend(h.get_new_events())
+        return [e for e in seen if e.name == "3" and e.entry and e.entry.path == "/home/user/p/3" and e.entry.owner == "user"]
+
+    eventually(made)
+    h.stop()
+
+
+@check
+def git():
+    g = box.git
+    g.configure_user("A User", "a@example.com")
+    g.set_config("init.defaultBranch", "main")
+    assert g.get_config("user.name") == "A User" and g.get_config("none.such") is None
+    g.init("work", initial_branch="main")
+    g.init("bare.git", bare=True, initial_branch="main")
+    box.files.write("work/a", "1\n")
+    assert [f.name for f in g.status("work").file_status] == ["a"]
+    g.add("work", ["a"])
+    g.commit("work", "one", author_name="B", author_email="b@example.com")
+    g.remote_add("work", "origin", "/home/user/bare.git")
+    assert g.remote_get("work", "origin") == "/home/user/bare.git"
+    g.push("work", "origin", "main")
+    g.clone("file:///home/user/bare.git", "copy", depth=1)
+    assert box.files.read("copy/a") == "1\n"
+    g.create_branch("work", "topic")
+    g.checkout_branch("work", "main")
+    assert sorted(g.branches("work").branches) == ["main", "topic"] and g.branches("work").current_branch == "main"
+    g.delete_branch("work", "topic")
+    box.files.write("work/a", "2\n")
+    g.restore("work", ["a"])
+    assert box.files.read("work/a") == "1\n"
+    box.files.write("work/a", "3\n")
+    g.add("work")
+    g.reset("work", mode="hard")
+    assert box.files.read("work/a") == "1\n" and g.status("work").is_clean
+    g.commit("work", "two", allow_empty=True)
+    g.push("work", "origin", "main")
+    g.pull("copy")
+    assert box.commands.run("git -C copy log --format=%s").stdout.startswith("two\n")
+
+
+@check
+def life_cycle_by_id():
+    with Sandbox.create(timeout=600, idempotency_key="a-key", allow_internet_access=False) as s:
+        again = Sandbox.create(timeout=600, idempotency_key="a-key", allow_internet_access=False)
+        assert again.sandbox_id == s.sandbox_id
+        i = s.sandbox_id
+        info = Sandbox.get_info(i)
+        assert info.allow_internet_access is False and info.lifecycle == {"on_timeout": "kill", "auto_resume": False}, info
+        q = SandboxQuery(template="base", started_after=info.started_at - datetime.timedelta(seconds=1))
+        assert i in [x.sandbox_id for x in Sandbox.list(query=q).next_items()]
+        assert Sandbox.list(query=SandboxQuery(template="none")).next_items() == []
+        Sandbox.set_timeout(i, 500)
+        Sandbox.update_network(i, {"deny_out": ["192.0.2.0/24"]})
+        assert isinstance(Sandbox.get_metrics(i), list)
+        assert Sandbox.pause(i, strict=True) is True and Sandbox.pause(i) is False
+        assert Sandbox.connect(i, timeout=600).is_running()
+        assert s.beta_pause() is True
+        s.connect(timeout=600)
+        a, b = Sandbox.create_snapshot(i, name="by-id"), s.create_snapshot()
+        assert [x.snapshot_id for x in s.list_snapshots(name="by-id").next_items()] == [a.snapshot_id]
+        assert Sandbox.delete_snapshot(a.snapshot_id) and Sandbox.delete_snapshot(b.snapshot_id)
+        (f,) = s.fork(timeout=60)
+        assert Sandbox.kill(f.sandbox_id) is True
+    assert Sandbox.kill(i) is False, "the end of the block has killed it"
+
+
+@check
+def a_client_object():
+    c = e2b.E2B(api_key=os.environ["E2B_API_KEY"])
+    s = c.Sandbox.connect(box.sandbox_id)
+    assert s.commands.run("echo bound").stdout == "bound\n"
+    assert c.Template.exists("base") is True
+    raises(AuthenticationException, lambda: e2b.E2B(api_key="e2b_" + "0" * 40).Sandbox.get_info(box.sandbox_id))
+
+
+@check
 def kill():
     assert box.is_running() and box.kill() is True
     assert not box.is_running() and box.kill() is False
     raises(TimeoutException, lambda: box.commands.run("true"))
     raises(TimeoutException, lambda: box.files.read("/etc/hostname"))
+
+
+@check
+def every_documented_method_was_used():
+    assert not unused(), unused()
 
 
 main()
