@@ -16,8 +16,9 @@ import (
 )
 
 const (
-	// tunnelDial bounds the wait for a guest that does not answer.
-	tunnelDial = 10 * time.Second
+	// tunnelDial bounds the wait for a guest that does not answer: a busy one
+	// takes its time.
+	tunnelDial = 30 * time.Second
 	// tunnelChunk is the most that one message carries.
 	tunnelChunk = 64 << 10
 )

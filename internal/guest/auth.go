@@ -174,13 +174,22 @@ func httpStatus(c connect.Code) int {
 
 // writeError answers a plain HTTP call: {"code":<status>,"message":"…"}.
 func writeError(w http.ResponseWriter, err error) {
-	status := httpStatus(codeOf(err))
+	status, body := errorAnswer(err)
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	_, _ = w.Write(body)
+}
+
+func errorAnswer(err error) (status int, body []byte) {
+	status = httpStatus(codeOf(err))
 	msg := err.Error()
 	var ce *connect.Error
 	if errors.As(err, &ce) {
 		msg = ce.Message()
 	}
-	writeJSON(w, status, map[string]any{"code": status, "message": msg})
+	body, _ = json.Marshal(map[string]any{"code": status, "message": msg}) // a number and a string
+	return status, append(body, '\n')
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {

@@ -12,8 +12,10 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
@@ -131,10 +133,33 @@ func (s *Server) handlePostFiles(w http.ResponseWriter, r *http.Request) {
 	}
 	files, err := s.receiveFiles(r)
 	if err != nil {
-		writeError(w, err)
+		refuseUpload(w, r, err)
 		return
 	}
 	writeJSON(w, http.StatusOK, files)
+}
+
+// What is left of a refused upload is taken for so long, and so much of it.
+const (
+	drainTime  = 10 * time.Second
+	drainBytes = 4 << 30
+)
+
+// refuseUpload answers an upload that its sender may not have sent to its end,
+// and then takes the rest: who finds the connection broken while he sends does
+// not read why.
+func refuseUpload(w http.ResponseWriter, r *http.Request, err error) {
+	rc := http.NewResponseController(w)
+	_ = rc.EnableFullDuplex() // HTTP/2 always is
+	status, body := errorAnswer(err)
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	_, _ = w.Write(body)
+	_ = rc.Flush()
+	_ = rc.SetReadDeadline(time.Now().Add(drainTime))
+	_, _ = io.CopyN(io.Discard, r.Body, drainBytes)
 }
 
 func (s *Server) receiveFiles(r *http.Request) ([]writtenFile, error) {

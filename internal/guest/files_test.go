@@ -224,6 +224,27 @@ func TestNoSpace(t *testing.T) {
 	}
 }
 
+// Who sends a refused upload to its end reads why it was refused.
+func TestARefusedUploadIsTakenToItsEnd(t *testing.T) {
+	a := confirmed(t)
+	conn := a.dial(t)
+	const size = 32 << 20
+	fmt.Fprintf(conn, "POST /files?path=%s HTTP/1.1\r\nHost: x\r\n%s: %s\r\nContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n",
+		a.home, tokenHeader, testToken, size)
+	if n, err := io.CopyN(conn, zeros{}, size); err != nil {
+		t.Fatalf("after %d bytes: %v", n, err)
+	}
+	buf := make([]byte, 4096)
+	n, err := conn.Read(buf)
+	if !strings.HasPrefix(string(buf[:n]), "HTTP/1.1 400 ") {
+		t.Errorf("answer %q, %v", buf[:n], err)
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
 // An upload that breaks off leaves no new file.
 func TestUploadCut(t *testing.T) {
 	a := confirmed(t)

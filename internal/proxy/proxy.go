@@ -21,7 +21,7 @@ import (
 
 const (
 	// dialWait bounds the wait for a guest that does not take a connection.
-	dialWait = 15 * time.Second
+	dialWait = 35 * time.Second
 	// maxAnswerHeader bounds the headers of a guest's answer, and with the two
 	// bounds below the memory that guests and strangers can have us hold.
 	maxAnswerHeader = 64 << 10

@@ -90,6 +90,7 @@ func prepare(t *trace) error {
 
 	setLimits(t.warn)
 	setSysctls(t.warn)
+	raiseSoftirqs(t.warn)
 	t.step("limits")
 	return nil
 }

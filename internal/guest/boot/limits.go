@@ -3,6 +3,7 @@ package boot
 import (
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -44,6 +45,29 @@ func setSysctls(warn func(doing string, err error)) {
 		path := filepath.Join("/proc/sys", strings.ReplaceAll(s.name, ".", "/"))
 		if err := os.WriteFile(path, []byte(s.value), 0o644); err != nil {
 			warn("sysctl", err)
+		}
+	}
+}
+
+// raiseSoftirqs puts the kernel's threads for what interrupts leave to do, the
+// network's packets among them, beside the service: it cannot answer what does
+// not reach it. They are found by name; there is one for each processor.
+func raiseSoftirqs(warn func(doing string, err error)) {
+	names, err := filepath.Glob("/proc/[0-9]*/comm")
+	if err != nil {
+		warn("finding the kernel's threads", err)
+	}
+	for _, name := range names {
+		comm, err := os.ReadFile(name)
+		if err != nil || !strings.HasPrefix(string(comm), "ksoftirqd/") {
+			continue // it has ended, or is another one
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(name)))
+		if err == nil {
+			err = unix.Setpriority(unix.PRIO_PROCESS, pid, serviceNice)
+		}
+		if err != nil {
+			warn("raising "+strings.TrimSpace(string(comm)), err)
 		}
 	}
 }
