@@ -209,13 +209,20 @@ func searchIn(ps []packed, block uint64) int {
 	return n
 }
 
-// startingIn counts the mappings that start at or before a block. It looks at
-// all of them without a branch: the processor fetches the lines of a leaf at
-// once then, where a search would wait for one after the other.
+// startingIn counts the mappings that start at or before a block: first the
+// whole groups of eight that do, then in the group where it ends. It looks at
+// all it may need without a branch, so that the processor fetches the lines at
+// once where a search would wait for one after the other.
 func startingIn(ps []packed, block uint64) int {
+	const group = 8
 	n := uint64(0)
-	for i := range ps {
-		n += (ps[i].a>>28 - block - 1) >> 63
+	for i := group - 1; i < len(ps); i += group {
+		n += (ps[i].start() - block - 1) >> 63
+	}
+	n *= group
+	rest := ps[n:]
+	for i := range rest[:min(group, len(rest))] {
+		n += (rest[i].start() - block - 1) >> 63
 	}
 	return int(n)
 }
