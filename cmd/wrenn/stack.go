@@ -60,7 +60,9 @@ func newStack(ctx context.Context, o upOptions, log *slog.Logger, w io.Writer) (
 	if err != nil {
 		return nil, err
 	}
-	snapshots, err := snapshot.Open(filepath.Join(o.dir, "store"), snapshot.Options{Logger: log})
+	snapshots, err := snapshot.Open(filepath.Join(o.dir, "store"), snapshot.Options{
+		Logger: log, Compaction: snapshot.CompactionPolicy{MaxBuilds: o.compact},
+	})
 	if err != nil {
 		return nil, fmt.Errorf("open the snapshot store: %w", err)
 	}

@@ -28,6 +28,7 @@ type upOptions struct {
 	vcpuLimit   int
 	minFreeDisk int64 // MiB; -1 is the default
 	limits      httpapi.Limits
+	compact     int
 	pool        int
 	addresses   string
 	database    string
@@ -77,6 +78,7 @@ func newUpCmd() *cobra.Command {
 	f.Int64Var(&o.minFreeDisk, "min-free-disk", -1, "MiB of disk below which no sandbox is started and no snapshot made; 0 is no bound (default: 5 % of the disk, at most 2048)")
 	f.Float64Var(&o.limits.PerSecond, "rate-limit", httpapi.DefaultLimits.PerSecond, "requests a second for each API key, twice as many at once; -1 is no limit")
 	f.IntVar(&o.limits.Concurrent, "max-requests", httpapi.DefaultLimits.Concurrent, "requests under way for each API key; -1 is no limit")
+	f.IntVar(&o.compact, "compact-above", 32, "generations that a sandbox's or snapshot's memory and disk may each be read from before they are copied together")
 	f.IntVar(&o.pool, "network-pool", 4, "network slots to keep prepared")
 	f.StringVar(&o.addresses, "network-prefix", "", "addresses for the sandboxes' links, a /30 each (default 10.213.0.0/16)")
 	f.StringVar(&o.database, "database", "", "SQLite file or postgres:// URL (default: wrenn.db in the state directory)")
@@ -111,6 +113,9 @@ func (o *upOptions) check() error {
 	}
 	if err := o.traffic.check(); err != nil {
 		return err
+	}
+	if o.compact < 1 {
+		return usagef("--compact-above %d: want 1 or more", o.compact)
 	}
 	if o.pool < 0 || o.pool > 256 {
 		return usagef("--network-pool %d: want 0 to 256", o.pool)

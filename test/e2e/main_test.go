@@ -92,7 +92,12 @@ func ownServer(t *testing.T, args ...string) *harness.Server {
 
 func ownServerIn(t *testing.T, dir string, args ...string) *harness.Server {
 	t.Helper()
-	log := &syncBuffer{}
+	return loggedServerIn(t, dir, &syncBuffer{}, args...)
+}
+
+// loggedServerIn is ownServerIn for a test that reads the server's log.
+func loggedServerIn(t *testing.T, dir string, log *syncBuffer, args ...string) *harness.Server {
+	t.Helper()
 	s, err := harness.Start(timeout(t, 15*time.Minute), harness.Options{Dir: dir, Output: log, Args: args})
 	t.Cleanup(func() {
 		endServer(t, s)
