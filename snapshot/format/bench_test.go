@@ -1,9 +1,27 @@
+//go:build unix
+
 package format
 
 import (
 	"math/rand/v2"
+	"syscall"
 	"testing"
 )
+
+// processorTime reports, when what it returns is called, the time of processors
+// that an operation has taken since: what the operation costs, however many
+// others want the machine.
+func processorTime(b *testing.B) func() {
+	used := func() int64 {
+		var u syscall.Rusage
+		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+			b.Fatal(err)
+		}
+		return u.Utime.Nano() + u.Stime.Nano()
+	}
+	start := used()
+	return func() { b.ReportMetric(float64(used()-start)/float64(b.N), "cpu-ns/op") }
+}
 
 // large returns a header of n mappings such as a long-used memory image has:
 // short runs and gaps, 40 builds.
@@ -33,6 +51,7 @@ const manyMappings = 483_000
 func BenchmarkDecode(b *testing.B) {
 	enc := mustEncode(b, large(manyMappings))
 	b.ReportAllocs()
+	defer processorTime(b)()
 	for b.Loop() {
 		if _, err := Decode(enc); err != nil {
 			b.Fatal(err)
@@ -60,6 +79,7 @@ func BenchmarkMerge2000(b *testing.B) {
 	}
 	build := ref(99, 2000)
 	b.ReportAllocs()
+	defer processorTime(b)()
 	for b.Loop() {
 		if _, err := Merge(h, build, diff); err != nil {
 			b.Fatal(err)
@@ -75,6 +95,7 @@ func BenchmarkLookup(b *testing.B) {
 		blocks[i] = r.Uint64N(h.Blocks())
 	}
 	b.ReportAllocs()
+	defer processorTime(b)()
 	i := 0
 	for b.Loop() {
 		h.Lookup(blocks[i&(1<<16-1)])
