@@ -13,15 +13,12 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
 )
 
-// diskLowWater is the room below which the server says that it is not ready: a
-// pause of an ordinary sandbox would fail.
-const diskLowWater = 256 << 20
-
 // checks are what /readyz asks of this host besides the control plane's own.
-func (s *stack) checks(dir string) []control.Check {
+// Below low bytes of room in dir no new work is taken.
+func (s *stack) checks(dir string, low int64) []control.Check {
 	return []control.Check{
 		{Name: "pager", Do: s.checkPager},
-		{Name: "disk", Do: func(context.Context) error { return checkRoom(dir, diskLowWater) }},
+		{Name: "disk", Do: func(context.Context) error { return checkRoom(dir, uint64(low)) }},
 	}
 }
 
@@ -48,7 +45,7 @@ func checkRoom(dir string, low uint64) error {
 	}
 	if free < low {
 		return &control.Error{Code: control.CodeHostUnavailable, Message: fmt.Sprintf(
-			"the state directory's file system has %d MiB free, less than %d; delete sandboxes or snapshots, or make it larger", free>>20, low>>20)}
+			"the state directory's file system has %d MiB free, less than %d; below that nothing new is begun: delete sandboxes or snapshots, or lower --min-free-disk", free>>20, low>>20)}
 	}
 	return nil
 }
@@ -57,13 +54,14 @@ func checkRoom(dir string, low uint64) error {
 type hostCollector struct {
 	pool interface{ Levels() hostnet.Levels }
 	dir  string
+	low  int64 // bytes below which no new work is taken
 }
 
 var (
 	slotsDesc   = prometheus.NewDesc("wrenn_network_slots", "Network slots by what they are doing; ready ones wait for sandboxes.", []string{"state"}, nil)
 	waitingDesc = prometheus.NewDesc("wrenn_network_slot_waiters", "Sandboxes that wait for a network slot.", nil, nil)
 	freeDesc    = prometheus.NewDesc("wrenn_disk_free_bytes", "Room in the state directory's file system.", nil, nil)
-	lowDesc     = prometheus.NewDesc("wrenn_disk_low_water_bytes", "The room below which the server is not ready.", nil, nil)
+	lowDesc     = prometheus.NewDesc("wrenn_disk_low_water_bytes", "The room below which no new work is taken; 0 is no bound.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
@@ -84,7 +82,7 @@ func (c hostCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge(slotsDesc, float64(l.Building), "building")
 	gauge(slotsDesc, float64(l.Cleaning), "cleaning")
 	gauge(waitingDesc, float64(l.Waiting))
-	gauge(lowDesc, diskLowWater)
+	gauge(lowDesc, float64(c.low))
 	if free, err := freeBytes(c.dir); err == nil { // /readyz tells the error
 		gauge(freeDesc, float64(free))
 	}

@@ -53,11 +53,11 @@ func (l levels) Levels() hostnet.Levels { return hostnet.Levels(l) }
 
 func TestHostFiguresAreScraped(t *testing.T) {
 	reg := prometheus.NewPedanticRegistry()
-	reg.MustRegister(hostCollector{levels{Ready: 1, Used: 2, Building: 3, Cleaning: 4, Waiting: 5}, t.TempDir()})
+	reg.MustRegister(hostCollector{levels{Ready: 1, Used: 2, Building: 3, Cleaning: 4, Waiting: 5}, t.TempDir(), 6})
 	got := gather(t, reg)
 	for name, want := range map[string]float64{
 		"wrenn_network_slots ready": 1, "wrenn_network_slots used": 2, "wrenn_network_slots building": 3,
-		"wrenn_network_slots cleaning": 4, "wrenn_network_slot_waiters": 5, "wrenn_disk_low_water_bytes": diskLowWater,
+		"wrenn_network_slots cleaning": 4, "wrenn_network_slot_waiters": 5, "wrenn_disk_low_water_bytes": 6,
 	} {
 		if got[name] != want {
 			t.Errorf("%s is %v, want %v", name, got[name], want)

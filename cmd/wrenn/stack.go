@@ -219,7 +219,7 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	if err := control.EnsureAPIKey(ctx, db, filepath.Join(o.dir, "api-key")); err != nil {
 		return err
 	}
-	s.metrics.Registerer().MustRegister(pagerCollector{s.keeper.Client()}, hostCollector{s.pool, o.dir})
+	s.metrics.Registerer().MustRegister(pagerCollector{s.keeper.Client()}, hostCollector{s.pool, o.dir, lowWater(o)})
 	service := control.New(control.Options{
 		Store: db, Host: control.NewHost(client), Resolve: db.ResolveTemplate, Logger: s.log, Observe: s.metrics.ObserveOperation,
 	})
@@ -242,7 +242,7 @@ func (s *stack) openControl(ctx context.Context, o upOptions, client hostagentv1
 	}
 	limiter := httpapi.NewLimiter(o.limits)
 	api := httpapi.New(httpapi.Options{
-		Service: service, Logger: s.log, Metrics: s.metrics, Limiter: limiter, Checks: s.checks(o.dir),
+		Service: service, Logger: s.log, Metrics: s.metrics, Limiter: limiter, Checks: s.checks(o.dir, lowWater(o)),
 	})
 	routes.Limit = limiter.Begin
 	s.openTraffic(o, service, api, routes)
