@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"errors"
@@ -210,15 +211,18 @@ func (s *Server) receiveFiles(r *http.Request) ([]writtenFile, error) {
 		if params["boundary"] == "" {
 			return nil, invalidf("Content-Type: the boundary is missing")
 		}
-		return receiveParts(multipart.NewReader(body, params["boundary"]), q.Get("path"), u, md)
+		// The multipart reader takes its input in small pieces.
+		buffered := bufio.NewReaderSize(body, copyBuffer)
+		up := upload{user: u, metadata: md, more: func() bool { return buffered.Buffered() > 0 }}
+		return receiveParts(multipart.NewReader(buffered, params["boundary"]), q.Get("path"), up)
 	default:
 		return nil, invalidf("Content-Type: %q is neither multipart/form-data nor application/octet-stream", clip(kind))
 	}
 }
 
 // receiveParts writes each part named "file" to the path of the query, else to
-// the one of the part.
-func receiveParts(mr *multipart.Reader, path string, u account, md map[string]string) ([]writtenFile, error) {
+// the one of the part; all are as up says.
+func receiveParts(mr *multipart.Reader, path string, up upload) ([]writtenFile, error) {
 	var done []writtenFile
 	seen := map[string]bool{}
 	for n := 0; ; n++ {
@@ -244,8 +248,8 @@ func receiveParts(mr *multipart.Reader, path string, u account, md map[string]st
 			}
 			name = p["filename"]
 		}
-		up := upload{user: u, body: part, size: -1, metadata: md}
-		if up.path, err = resolvePath("filename", name, "", u); err != nil {
+		up.body, up.size = part, -1
+		if up.path, err = resolvePath("filename", name, "", up.user); err != nil {
 			return nil, err
 		}
 		if seen[up.path] {
@@ -302,6 +306,9 @@ type upload struct {
 	body     io.Reader
 	size     int64 // -1: not known
 	metadata map[string]string
+	// more tells that the body's next bytes are here already: it comes in small
+	// pieces. nil: it comes in large ones.
+	more func() bool
 }
 
 func (up *upload) write() (writtenFile, error) {
@@ -373,13 +380,34 @@ func (up *upload) fill(f *os.File) error {
 		}
 	}
 	src := &bodyReader{r: up.body}
-	if _, err := io.CopyBuffer(onlyWriter{f}, src, make([]byte, copyBuffer)); err != nil {
+	if err := up.copy(f, src); err != nil {
 		if src.err != nil {
 			return invalidf("body: %v", src.err)
 		}
 		return pathError(up.path, err)
 	}
 	return writeMetadata(f, up.path, up.metadata)
+}
+
+// copy writes in large pieces, without keeping back what has come.
+func (up *upload) copy(w io.Writer, r io.Reader) error {
+	buf := make([]byte, copyBuffer)
+	for n := 0; ; {
+		m, err := r.Read(buf[n:])
+		n += m
+		if n > 0 && (n == len(buf) || err != nil || up.more == nil || !up.more()) {
+			if _, err := w.Write(buf[:n]); err != nil {
+				return err
+			}
+			n = 0
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // checkSpace refuses what cannot fit before anything is overwritten.
@@ -415,7 +443,3 @@ func (b *bodyReader) Read(p []byte) (int, error) {
 	}
 	return n, err
 }
-
-// onlyWriter keeps io.CopyBuffer from using the file's own ReadFrom, which
-// would copy in smaller pieces.
-type onlyWriter struct{ io.Writer }
