@@ -3,6 +3,10 @@
 import asyncio
 import os
 
+# The SDK takes 200 connections to one origin at most, and all sandboxes are one
+# here: streams on all of them would keep everything else waiting.
+os.environ["E2B_MAX_CONNECTIONS"] = "450"
+
 import e2b
 from e2b import AsyncSandbox, CommandExitException, FilesystemEventType, NotFoundException, TimeoutException
 from e2b.exceptions import AuthenticationException, InvalidArgumentException
@@ -53,6 +57,19 @@ async def commands():
     assert await box.commands.kill(k.pid) is True
     await araises(CommandExitException, again.wait())
     assert await box.commands.kill(999999) is False
+
+
+@check
+async def two_hundred_new_processes_at_once():
+    # An emulated guest starts few in a second on a busy machine: they wait for
+    # their turn, and the SDK's minute may not do.
+    long = {"timeout": 0, "request_timeout": 500}
+    hs = await asyncio.gather(*(box.commands.run("sleep 1000", background=True, **long) for _ in range(200)))
+    assert await box.files.exists("/etc/hostname", request_timeout=500)
+    listed = [p.pid for p in await box.commands.list(request_timeout=500)]
+    assert len({h.pid for h in hs}) == 200 and {h.pid for h in hs} <= set(listed)
+    assert (await box.commands.run("pkill -x sleep", **long)).exit_code == 0
+    await asyncio.gather(*(araises(CommandExitException, c.wait()) for c in hs))
 
 
 @check
