@@ -41,7 +41,8 @@ type upOptions struct {
 	published string
 }
 
-// defaultVMMUser is a number that no distribution gives to anybody.
+// defaultVMMUser is a number that no distribution gives to anybody, like those
+// after it: a VM on Firecracker gets one of its own.
 const defaultVMMUser = 60777
 
 // What becomes of running sandboxes when the server ends by SIGTERM or Ctrl-C.
@@ -83,7 +84,7 @@ func newUpCmd() *cobra.Command {
 	f.StringVar(&o.addresses, "network-prefix", "", "addresses for the sandboxes' links, a /30 each (default 10.213.0.0/16)")
 	f.StringVar(&o.database, "database", "", "SQLite file or postgres:// URL (default: wrenn.db in the state directory)")
 	f.StringVar(&o.dns, "dns", "1.1.1.1,8.8.8.8", "name servers that sandboxes ask")
-	f.IntVar(&o.vmmUser, "vmm-user", defaultVMMUser, "user and group id that VMs' processes run as; 0 is root")
+	f.IntVar(&o.vmmUser, "vmm-user", defaultVMMUser, "user and group id that VMs' processes run as, on Firecracker the first of many; 0 is root")
 	o.traffic.flags(f)
 	f.BoolVar(&o.logJSON, "log-json", false, "write the log as JSON")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "log more")

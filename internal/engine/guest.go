@@ -36,9 +36,11 @@ type Guest struct {
 	dial func(ctx context.Context, port int) (net.Conn, error)
 	// hangUp closes every connection: the peer of one may be gone without a
 	// word, and a call that waits on it would wait for ever.
-	hangUp  context.CancelFunc
-	Process processconnect.ProcessClient
-	Files   filesystemconnect.FilesystemClient
+	hangUp context.CancelFunc
+	// patience is confirmPatience but for tests.
+	patience time.Duration
+	Process  processconnect.ProcessClient
+	Files    filesystemconnect.FilesystemClient
 }
 
 func newGuest(slot Slot, token string) *Guest {
@@ -60,7 +62,7 @@ func newGuest(slot Slot, token string) *Guest {
 		// emulated CPU has better things to do than to compress.
 		DisableCompression: true,
 	}
-	g := &Guest{token: token, transport: t, dial: dial, hangUp: hangUp}
+	g := &Guest{token: token, transport: t, dial: dial, hangUp: hangUp, patience: confirmPatience}
 	c := &http.Client{Transport: g}
 	g.Process = processconnect.NewProcessClient(c, envdURL)
 	g.Files = filesystemconnect.NewFilesystemClient(c, envdURL)
@@ -157,11 +159,17 @@ func (g *Guest) confirm(ctx context.Context, ended <-chan struct{}, req initRequ
 	// wait for, so try again at short intervals.
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
+	patience, again := g.patience, false
 	for {
+		began := time.Now()
 		req.TimeUnixNano = strconv.FormatInt(now().UnixNano(), 10)
 		req.Entropy = base64.StdEncoding.EncodeToString(randomBytes(256))
-		resp, err := g.postInit(ctx, req)
+		resp, err := g.postInit(ctx, req, patience)
 		var refused *refusedError
+		if err == nil && !again && time.Since(began) > g.patience/3 {
+			again = true // it was told the time of a while ago
+			continue
+		}
 		if err == nil || errors.As(err, &refused) {
 			return resp, err
 		}
@@ -172,8 +180,16 @@ func (g *Guest) confirm(ctx context.Context, ended <-chan struct{}, req initRequ
 			return resp, fmt.Errorf("the guest agent does not answer: %w", err)
 		case <-tick.C:
 		}
+		if errors.Is(err, context.DeadlineExceeded) {
+			patience = min(2*patience, 8*g.patience)
+		}
 	}
 }
+
+// confirmPatience is how long the first attempt to have a guest confirm may
+// take. Those after it get up to eight times as long: a slow guest must not be
+// asked anew for ever while it is about to answer.
+const confirmPatience = 3 * time.Second
 
 // refusedError is an answer of the guest agent that repeating will not change.
 type refusedError struct {
@@ -185,11 +201,11 @@ func (e *refusedError) Error() string {
 	return fmt.Sprintf("the guest agent answered %d: %s", e.status, e.text)
 }
 
-func (g *Guest) postInit(ctx context.Context, req initRequest) (initResponse, error) {
+func (g *Guest) postInit(ctx context.Context, req initRequest, patience time.Duration) (initResponse, error) {
 	// A connection attempt can fall into the moment before the guest's
 	// network is up and then wait for TCP to try again; a short limit makes
 	// us try anew.
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	var out initResponse
 	body, err := g.post(ctx, "/init", req)

@@ -47,7 +47,8 @@ func killHolders(ctx context.Context, dir string, log *slog.Logger) error {
 func isVMMOf(cmdline, dir string) bool {
 	program, _, _ := strings.Cut(cmdline, "\x00")
 	name := filepath.Base(program)
-	return (strings.HasPrefix(name, "qemu-system-") || name == "firecracker") && strings.Contains(cmdline, dir+"/")
+	// A jailer becomes the VMM that it prepares a jail for.
+	return (strings.HasPrefix(name, "qemu-system-") || name == "firecracker" || name == "jailer") && strings.Contains(cmdline, dir+"/")
 }
 
 func killPidfd(fd int) error {

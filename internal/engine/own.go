@@ -25,6 +25,8 @@ type Disks interface {
 	Adopt(ctx context.Context, sandboxID, socket string) error
 	Flush(sandboxID string) error
 	Detach(ctx context.Context, sandboxID string) error
+	// Owners are the sandboxes that have a device.
+	Owners() ([]string, error)
 }
 
 // pagesSocket is where a VMM hands its userfaultfd over.
@@ -57,7 +59,7 @@ func (e *Engine) hostArgsOwn(ctx context.Context, sb *sandbox, slot Slot, rec *r
 	if !ok {
 		return vmm.HostArgs{}, fmt.Errorf("the network slot does not name its tap")
 	}
-	h := vmm.HostArgs{ID: sb.id(), Dir: sb.dir, DiskDevice: device, ConsolePath: sb.path(consoleName)}
+	h := vmm.HostArgs{ID: sb.id(), Dir: sb.dir, DiskDevice: device, ConsolePath: sb.path(consoleName), Number: slot.Index()}
 	h.TapName, h.NetNS = named.Tap()
 	if !rec.MemoryImage.IsZero() {
 		h.MemorySocket = sb.path(pagesSocket)
@@ -133,4 +135,15 @@ func jailedIn(pid, dir string) bool {
 		}
 	}
 	return false
+}
+
+// removeJail removes the files of a VMM that ended while nobody had a handle on
+// it. Links in them are not followed.
+func removeJail(dir string) error {
+	for _, name := range []string{"jail", "vm"} {
+		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
+			return fmt.Errorf("remove the files of an ended VM: %w", err)
+		}
+	}
+	return nil
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -107,7 +106,7 @@ func (d *fakeDisks) Attach(_ context.Context, id, _ string) (string, error) {
 func (d *fakeDisks) Adopt(context.Context, string, string) error { return nil }
 func (d *fakeDisks) Flush(string) error                          { return nil }
 func (d *fakeDisks) Detach(_ context.Context, id string) error   { d.set(id, false); return nil }
-func (d *fakeDisks) String() string                              { return fmt.Sprint(d.list()) }
+func (d *fakeDisks) Owners() ([]string, error)                   { return d.list(), nil }
 
 // ownRig is an engine with a real store and pager and the real Firecracker
 // driver, on a program that is told when to fail.
@@ -121,6 +120,16 @@ type ownRig struct {
 }
 
 func newOwnRig(t *testing.T, callLimit time.Duration) *ownRig {
+	t.Helper()
+	p := fctest.NewProgram(t)
+	return newRigOn(t, p, firecracker.Options{
+		Binary: p.Path, Direct: true, CallLimit: callLimit, SaveLimit: callLimit,
+	}, BaseFiles{})
+}
+
+// newRigOn makes a rig whose base is of the files given, and of some bytes
+// where none is.
+func newRigOn(t *testing.T, p *fctest.Program, o firecracker.Options, base BaseFiles) *ownRig {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("skipped: the pager gives its sockets to a group, which needs root")
@@ -148,19 +157,17 @@ func newOwnRig(t *testing.T, callLimit time.Duration) *ownRig {
 	guest := httptest.NewServer(http.HandlerFunc(confirmAll))
 	t.Cleanup(guest.Close)
 	r := &ownRig{
-		t: t, program: fctest.NewProgram(t), disks: &fakeDisks{},
+		t: t, program: p, disks: &fakeDisks{},
 		net: &fakeNet{guest: guest.Listener.Addr().String()},
 	}
 	r.opts = Options{
 		Dir: dir, Store: store, Network: r.net, Disks: r.disks, Logger: quiet,
-		Pager: pagerv1connect.NewPagerServiceClient(http.DefaultClient, serves.URL),
-		Driver: firecracker.New(firecracker.Options{
-			Binary: r.program.Path, Direct: true, CallLimit: callLimit, SaveLimit: callLimit,
-		}),
+		Pager:  pagerv1connect.NewPagerServiceClient(http.DefaultClient, serves.URL),
+		Driver: firecracker.New(o),
 	}
 	r.restart()
 	t.Cleanup(func() { r.Close() })
-	r.importBase(dir)
+	r.importBase(dir, base)
 	return r
 }
 
@@ -176,10 +183,13 @@ func (r *ownRig) restart() {
 	}
 }
 
-func (r *ownRig) importBase(dir string) {
+func (r *ownRig) importBase(dir string, b BaseFiles) {
 	r.t.Helper()
-	b := BaseFiles{Name: "base", Digest: "d", KernelDigest: "k"}
+	b.Name, b.Digest, b.KernelDigest = "base", "d", "k"
 	for name, to := range map[string]*string{"rootfs": &b.Rootfs, "kernel": &b.Kernel, "initrd": &b.Initrd} {
+		if *to != "" {
+			continue
+		}
 		*to = filepath.Join(dir, name)
 		if err := os.WriteFile(*to, []byte(strings.Repeat(name[:1], 1<<20)), 0o600); err != nil {
 			r.t.Fatal(err)
@@ -441,5 +451,62 @@ func TestWhatAnotherHostSavedIsRefusedInOneSentence(t *testing.T) {
 			r.must(r.Destroy(t.Context(), "a"))
 			r.nothingHeld("at the end", 0)
 		})
+	}
+}
+
+// TestBlockDevicesOfNobodyAreTakenAwayAtTheStart, and those of the running stay.
+func TestBlockDevicesOfNobodyAreTakenAwayAtTheStart(t *testing.T) {
+	r := newOwnRig(t, time.Minute)
+	r.must(r.create("a"))
+	r.disks.set("lost", true)
+	r.restart()
+	if left := r.disks.list(); len(left) != 1 || left[0] != "a" {
+		t.Errorf("devices of %v, want only that of a", left)
+	}
+	r.must(r.Destroy(t.Context(), "a"))
+	r.nothingHeld("at the end", 0)
+}
+
+// TestAnEndedMachineLeavesNoFiles: the files that Firecracker ran on are gone
+// when it is, while its sandbox stays.
+func TestAnEndedMachineLeavesNoFiles(t *testing.T) {
+	r := newOwnRig(t, time.Minute)
+	r.must(r.create("a"))
+	dir := filepath.Join(r.opts.Dir, "sandboxes", "a", "vm")
+	if _, err := os.Stat(dir); err != nil {
+		t.Fatalf("while it runs: %v", err)
+	}
+	r.must(r.pause("a"))
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("paused: %v", err)
+	}
+	// One that ends while there is no engine.
+	r.must(r.resume("a"))
+	r.Close()
+	r.program.KillAll(t)
+	r.restart()
+	if s := r.state("a"); s != Failed {
+		t.Errorf("it is %s, want error", s)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("ended while nobody looked: %v", err)
+	}
+	r.must(r.Destroy(t.Context(), "a"))
+	r.nothingHeld("at the end", 0)
+}
+
+func TestProcessesThatBecomeAVMMAreKnown(t *testing.T) {
+	const dir = "/var/lib/wrenn/sandboxes/a"
+	for cmdline, want := range map[string]bool{
+		"/usr/bin/qemu-system-x86_64\x00-qmp\x00" + dir + "/qmp.sock":             true,
+		"/usr/bin/jailer\x00--chroot-base-dir\x00" + dir + "/jail\x00":            true,
+		"/usr/bin/firecracker\x00--api-sock\x00" + dir + "/vm/api.sock":           true,
+		"/usr/bin/firecracker\x00--api-sock\x00" + dir + "b/vm/api.sock":          false,
+		"/usr/bin/jailer\x00--chroot-base-dir\x00/var/lib/wrenn/sandboxes/b/jail": false,
+		"/usr/bin/vi\x00" + dir + "/journal.json":                                 false,
+	} {
+		if got := isVMMOf(cmdline, dir); got != want {
+			t.Errorf("%q: %v, want %v", cmdline, got, want)
+		}
 	}
 }

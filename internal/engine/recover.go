@@ -246,15 +246,21 @@ func (ad *adopting) own(ctx context.Context) {
 	ad.e.setClock(ctx, ad.sb, r) // it may have stood still
 }
 
-// releaseStrangers ends the pager's service for sandboxes that have no run:
-// what a crash between two steps left with it.
+// releaseStrangers ends the pager's service for sandboxes that have no run, and
+// takes their block devices away: what a crash between two steps left.
 func (e *Engine) releaseStrangers(ctx context.Context) {
-	st, err := e.opts.Pager.GetStatus(ctx, connect.NewRequest(&pagerv1.GetStatusRequest{}))
-	if err != nil {
-		e.log.Error("cannot ask the pager whom it serves", "err", err)
-		return
+	served := e.servedByPager(ctx)
+	if e.opts.Disks != nil {
+		owners, err := e.opts.Disks.Owners()
+		if err != nil {
+			e.log.Error("cannot ask the kernel whose block devices there are", "err", err)
+		}
+		served = append(served, owners...)
 	}
-	for _, id := range st.Msg.Sandboxes {
+	for _, id := range served {
+		if checkID(id) != nil {
+			continue // nothing that we named
+		}
 		sb, unknown := e.find(id)
 		if unknown == nil && (sb.current() != nil || sb.journal().Run != nil) {
 			continue
@@ -264,7 +270,16 @@ func (e *Engine) releaseStrangers(ctx context.Context) {
 		}
 		stranger := &sandbox{dir: e.sandboxDir(id)}
 		if err := e.stopServing(ctx, stranger, format.ID{}); err != nil {
-			e.log.Error("the pager keeps serving a sandbox that is gone", "sandbox", id, "err", err)
+			e.log.Error("something is still held for a sandbox that is gone", "sandbox", id, "err", err)
 		}
 	}
+}
+
+func (e *Engine) servedByPager(ctx context.Context) []string {
+	st, err := e.opts.Pager.GetStatus(ctx, connect.NewRequest(&pagerv1.GetStatusRequest{}))
+	if err != nil {
+		e.log.Error("cannot ask the pager whom it serves", "err", err)
+		return nil
+	}
+	return st.Msg.Sandboxes
 }

@@ -47,10 +47,14 @@ func (e *Engine) release(ctx context.Context, sb *sandbox) error {
 func (e *Engine) endVM(ctx context.Context, sb *sandbox) error {
 	r := sb.current()
 	if r == nil || r.machine == nil {
-		if rec := sb.journal().Run; rec != nil {
-			return e.killLeftover(ctx, sb, rec)
+		rec := sb.journal().Run
+		if rec == nil {
+			return nil
 		}
-		return nil
+		if err := e.killLeftover(ctx, sb, rec); err != nil {
+			return err
+		}
+		return removeJail(sb.dir)
 	}
 	r.end()
 	r.watch.Wait()

@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -159,10 +160,11 @@ type phases struct {
 	now   func() time.Time
 	start time.Time
 	parts map[string]time.Duration
+	log   *slog.Logger
 }
 
 func (e *Engine) newPhases() *phases {
-	return &phases{now: e.opts.Now, start: e.opts.Now(), parts: map[string]time.Duration{}}
+	return &phases{now: e.opts.Now, start: e.opts.Now(), parts: map[string]time.Duration{}, log: e.log}
 }
 
 // part starts the clock of a part and returns what stops it.
@@ -179,6 +181,7 @@ func (p *phases) part(name string) func() {
 func (p *phases) stats() Stats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.log.Debug("an operation is done", "phases", p.parts)
 	return Stats{Duration: p.now().Sub(p.start), Phases: p.parts}
 }
 

@@ -31,7 +31,7 @@ const (
 // guest on a busy host is slow, not broken.
 const (
 	bootLimit    = 120 * time.Second
-	restoreLimit = 60 * time.Second
+	restoreLimit = 120 * time.Second
 )
 
 // source is what a run starts from.

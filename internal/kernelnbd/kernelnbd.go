@@ -157,30 +157,46 @@ func (d *Devices) name(owner string) string { return d.prefix + ":" + owner }
 
 func device(index int) string { return "/dev/nbd" + strconv.Itoa(index) }
 
+// Owners tells who has a device of ours, from the names that the kernel keeps.
+func (d *Devices) Owners() (owners []string, err error) {
+	err = d.each(func(name string, _ int) {
+		if owner, ours := strings.CutPrefix(name, d.prefix+":"); ours {
+			owners = append(owners, owner)
+		}
+	})
+	return owners, err
+}
+
 // find asks the kernel which devices bear the owner's name.
-func (d *Devices) find(owner string) ([]int, error) {
+func (d *Devices) find(owner string) (found []int, err error) {
+	err = d.each(func(name string, index int) {
+		if name == d.name(owner) {
+			found = append(found, index)
+		}
+	})
+	return found, err
+}
+
+// each goes through the connected devices and their names.
+func (d *Devices) each(f func(name string, index int)) error {
 	names, err := filepath.Glob("/sys/block/nbd*/backend")
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var out []int
 	for _, n := range names {
 		b, err := os.ReadFile(n)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
 			continue // detached meanwhile
 		}
 		if err != nil {
-			return nil, fmt.Errorf("ask whose %s is: %w", n, err)
-		}
-		if strings.TrimSpace(string(b)) != d.name(owner) {
-			continue
+			return fmt.Errorf("ask whose %s is: %w", n, err)
 		}
 		index, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(filepath.Dir(n)), "nbd"))
 		if err == nil {
-			out = append(out, index)
+			f(strings.TrimSpace(string(b)), index)
 		}
 	}
-	return out, nil
+	return nil
 }
 
 // dial connects to a server and negotiates.

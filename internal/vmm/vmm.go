@@ -103,6 +103,9 @@ type HostArgs struct {
 	// TapName, in the network namespace at the path NetNS, is the tap device
 	// in place of Tap for drivers that open it by name. NetNS empty: ours.
 	TapName, NetNS string
+	// Number tells the machines of this host apart that run at one time: a
+	// driver may give each a user of its own by it.
+	Number int
 	// ConsolePath takes what the guest writes to its serial console, bounded
 	// (see Capabilities.ConsoleLimit). Empty: Dir/console.log. An existing
 	// file is appended to.

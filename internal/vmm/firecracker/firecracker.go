@@ -49,7 +49,9 @@ type Options struct {
 	ProbeKernel string
 	// ProbeCache is the file that remembers the verdict; empty: none does.
 	ProbeCache string
-	// UID and GID that Firecracker runs as; both zero: as the caller.
+	// UID is the first of the users that Firecracker runs as, to which
+	// HostArgs.Number is added; GID is the group of all. Both zero: as the
+	// caller.
 	UID, GID uint32
 	// CallLimit and SaveLimit bound the wait for an answer, SaveLimit where
 	// memory is saved or state loaded; 0: 30 s, 5 min.
@@ -287,6 +289,9 @@ func (d *Driver) Adopt(ctx context.Context, r vmm.Record) (vmm.Machine, error) {
 	}
 	m := newMachine(r, p, pumps, d.o)
 	if _, err := m.api.version(ctx); err != nil {
+		if m.endedBy(err) {
+			err = fmt.Errorf("%w: %w", vmm.ErrGone, err)
+		}
 		m.Close()
 		return fail(err)
 	}

@@ -16,6 +16,33 @@ func jailRoot(dir, id string) string {
 	return filepath.Join(dir, jailName, "firecracker", id, "root")
 }
 
+// checkMount: a jail holds the program and device nodes, and both must work
+// where it lies.
+func checkMount(dir string) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("asking for the file system of %s: %w", dir, err)
+	}
+	for flag, name := range map[int64]string{unix.ST_NODEV: "nodev", unix.ST_NOEXEC: "noexec"} {
+		if st.Flags&flag != 0 {
+			return fmt.Errorf("the file system of %s is mounted %s, and a jail there would not work: choose a state directory elsewhere, or mount it anew without %s", dir, name, name)
+		}
+	}
+	return nil
+}
+
+// removeRoot removes what an ended machine left of its jail, or of its
+// directory where it had none.
+func (m *machine) removeRoot() {
+	root, _ := m.root()
+	if filepath.Base(root) == "root" {
+		root = filepath.Dir(filepath.Dir(filepath.Dir(root)))
+	}
+	if err := os.RemoveAll(root); err != nil {
+		m.log.Warn("the files of an ended machine remain", "dir", root, "err", err)
+	}
+}
+
 const (
 	cgroupFS     = "/sys/fs/cgroup"
 	cgroupParent = "wrenn"
@@ -29,7 +56,7 @@ func (l *launch) jailArgs() ([]string, error) {
 	if base := filepath.Base(l.host.binary); base != "firecracker" {
 		return nil, fmt.Errorf("the program is named %q; jailer needs the name firecracker", base)
 	}
-	uid, gid := l.o.UID, l.o.GID
+	uid, gid := l.uid(), l.o.GID
 	a := []string{
 		l.host.jailer, "--id", l.args.ID, "--exec-file", l.host.binary,
 		"--uid", itoa(uid), "--gid", itoa(gid),

@@ -40,6 +40,9 @@ func newLaunch(o Options, h host, a vmm.HostArgs, s vmm.Spec) (*launch, error) {
 	}
 	l := &launch{o: o, host: h, args: a, spec: s, root: filepath.Join(a.Dir, "vm")}
 	if l.jailed() {
+		if err := checkMount(a.Dir); err != nil {
+			return nil, err
+		}
 		if err := os.RemoveAll(filepath.Join(a.Dir, jailName)); err != nil {
 			return nil, fmt.Errorf("removing an old jail: %w", err)
 		}
@@ -55,12 +58,21 @@ func newLaunch(o Options, h host, a vmm.HostArgs, s vmm.Spec) (*launch, error) {
 
 func (l *launch) jailed() bool { return l.host.jailer != "" }
 
+// uid is this machine's own, so that one that broke out of its VMM can neither
+// signal nor trace the others.
+func (l *launch) uid() uint32 {
+	if l.o.UID == 0 {
+		return 0
+	}
+	return l.o.UID + uint32(l.args.Number)
+}
+
 // own gives what lies in root to Firecracker's user.
 func (l *launch) own(path string) error {
 	if l.o.UID == 0 && l.o.GID == 0 {
 		return nil
 	}
-	if err := os.Lchown(path, int(l.o.UID), int(l.o.GID)); err != nil {
+	if err := os.Lchown(path, int(l.uid()), int(l.o.GID)); err != nil {
 		return fmt.Errorf("giving %s to Firecracker's user: %w", path, err)
 	}
 	return nil
@@ -192,7 +204,7 @@ func (l *launch) process(stdout, stderr *os.File) (*vmm.Process, error) {
 	err := l.apart(func() (err error) {
 		p, err = vmm.StartProcess(vmm.ProcessSpec{
 			Args: append([]string{l.host.binary, "--id", l.args.ID}, own...), Env: environment(), Dir: "/",
-			Stdout: stdout, Stderr: stderr, UID: l.o.UID, GID: l.o.GID,
+			Stdout: stdout, Stderr: stderr, UID: l.uid(), GID: l.o.GID,
 		})
 		return err
 	})
@@ -249,7 +261,7 @@ func (l *launch) enter() error {
 		return fmt.Errorf("linking the disk: %w", err)
 	}
 	if l.o.UID != 0 {
-		if err := os.Chown(l.args.DiskDevice, int(l.o.UID), int(l.o.GID)); err != nil {
+		if err := os.Chown(l.args.DiskDevice, int(l.uid()), int(l.o.GID)); err != nil {
 			return fmt.Errorf("giving the disk to Firecracker's user: %w", err)
 		}
 	}

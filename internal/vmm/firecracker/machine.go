@@ -82,6 +82,7 @@ func (m *machine) watch() {
 	}
 	m.api.close()
 	removeCgroup(m.rec.ID)
+	m.removeRoot()
 	e := &vmm.ExitError{
 		ID: m.rec.ID, Status: m.proc.Status(), At: time.Now(),
 		Stderr:  vmm.Tail(m.rec.StderrPath, tailBytes),

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/firecracker/fctest"
 )
@@ -212,5 +214,76 @@ func TestKillNeedsNoAnswer(t *testing.T) {
 	}
 	if left := f.program.Living(t); len(left) != 0 {
 		t.Errorf("processes %v are left", left)
+	}
+}
+
+// TestLinksOfAJailedProcessLeadNowhere: in place of what it was to save, and
+// in what is removed after it.
+func TestLinksOfAJailedProcessLeadNowhere(t *testing.T) {
+	f := newFailing(t)
+	m, err := f.boot(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.program.Fail(t, "PUT /snapshot/create", fctest.Lie)
+	var state bytes.Buffer
+	if _, err := m.(vmm.MemorySaver).Save(t.Context(), &state, false); err == nil {
+		t.Error("links were taken for what was saved")
+	}
+	if state.Len() != 0 {
+		t.Errorf("%d bytes of a file of the host were read", state.Len())
+	}
+	if _, err := os.Stat(fctest.LieTarget); err != nil {
+		t.Errorf("a file of the host is gone: %v", err)
+	}
+	outside := t.TempDir()
+	kept := filepath.Join(outside, "kept")
+	vm := filepath.Join(f.dir, "vm")
+	if err := errors.Join(os.WriteFile(kept, nil, 0o600), os.Symlink(outside, filepath.Join(vm, "dir")), os.Symlink(kept, filepath.Join(vm, "file"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(vm); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its directory: %v", err)
+	}
+	if _, err := os.Stat(kept); err != nil {
+		t.Errorf("what a link led to is gone: %v", err)
+	}
+}
+
+func TestEveryMachineHasAUserOfItsOwn(t *testing.T) {
+	for number, want := range map[int]uint32{0: 60777, 1: 60778, 250: 61027} {
+		l := launch{o: Options{UID: 60777, GID: 60777}, args: vmm.HostArgs{ID: "a", Dir: "/d", Number: number}, host: fakeHost("/firecracker")}
+		args, err := l.jailArgs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if all := strings.Join(args, " "); !strings.Contains(all, "--uid "+itoa(want)+" --gid 60777 ") {
+			t.Errorf("number %d: %s", number, all)
+		}
+	}
+	if uid := (&launch{args: vmm.HostArgs{Number: 7}}).uid(); uid != 0 {
+		t.Errorf("where nobody named a user it is %d", uid)
+	}
+}
+
+func TestAJailNeedsAFileSystemThatAllowsIt(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("skipped: it mounts a file system, which needs root")
+	}
+	for flag, name := range map[uintptr]string{unix.MS_NODEV: "nodev", unix.MS_NOEXEC: "noexec", 0: ""} {
+		dir := t.TempDir()
+		if err := unix.Mount("wrenn-test", dir, "tmpfs", flag, "size=64k"); err != nil {
+			t.Fatal(err)
+		}
+		err := checkMount(dir)
+		if uerr := unix.Unmount(dir, 0); uerr != nil {
+			t.Error(uerr)
+		}
+		if name == "" && err != nil || name != "" && (err == nil || !strings.Contains(err.Error(), "mounted "+name)) {
+			t.Errorf("%q: %v", name, err)
+		}
 	}
 }

@@ -22,6 +22,7 @@ const (
 	Hang   = "hang"   // no answer, ever
 	Refuse = "refuse" // an error that says so
 	Full   = "full"   // the error of a full disk
+	Lie    = "lie"    // a save that is answered, and left links to a file of the host
 )
 
 // LastWords are what a process says that dies.
@@ -47,19 +48,30 @@ func NewProgram(t testing.TB) *Program {
 	}
 	p := &Program{dir: t.TempDir()}
 	p.Path = filepath.Join(p.dir, "firecracker")
-	script := fmt.Sprintf("#!/bin/sh\n%s='%s' exec '%s' \"$@\"\n", programEnv, p.dir, self)
+	// The two questions of a probe are answered without starting us.
+	script := fmt.Sprintf(`#!/bin/sh
+case $1 in
+--version) echo Firecracker v1.12.1 ;;
+--snapshot-version) echo v6.0.0 ;;
+*) %s='%s' exec '%s' "$@" ;;
+esac
+`, programEnv, p.dir, self)
 	if err := os.WriteFile(p.Path, []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { // of a test that went wrong
-		for _, pid := range p.Living(t) {
-			p.kill(pid)
-		}
-	})
+	t.Cleanup(func() { p.KillAll(t) }) // of a test that went wrong
 	return p
 }
 
-// kill ends a process, if it is still one of ours.
+// KillAll ends all processes that run from the program.
+func (p *Program) KillAll(t testing.TB) {
+	t.Helper()
+	for _, pid := range p.Living(t) {
+		p.kill(pid)
+	}
+}
+
+// kill ends a process, if it is still one of ours, and waits for its end.
 func (p *Program) kill(pid string) {
 	n, err := strconv.Atoi(pid)
 	if err != nil {
@@ -72,6 +84,7 @@ func (p *Program) kill(pid string) {
 	defer unix.Close(fd)
 	if p.runs(pid) { // asked after it was opened: it cannot be another any more
 		_ = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10_000)
 	}
 }
 
@@ -141,7 +154,6 @@ func Main() {
 
 func run(dir string, args []string) error {
 	f := flag.NewFlagSet("firecracker", flag.ContinueOnError)
-	asked, state := f.Bool("version", false, ""), f.Bool("snapshot-version", false, "")
 	socket := f.String("api-sock", "", "")
 	for _, name := range []string{"id", "log-path", "level"} {
 		f.String(name, "", "")
@@ -149,20 +161,29 @@ func run(dir string, args []string) error {
 	if err := f.Parse(args); err != nil {
 		return err
 	}
-	switch {
-	case *asked:
-		fmt.Println("Firecracker v1.12.1")
-		return nil
-	case *state:
-		fmt.Println("v6.0.0")
-		return nil
-	}
 	l, err := net.Listen("unix", *socket)
 	if err != nil {
 		return err
 	}
 	s := &Server{Version: "1.12.1", Before: func(call string, body []byte) error { return before(dir, call, body) }}
 	return http.Serve(l, s)
+}
+
+// LieTarget is what the files of a save that lied lead to.
+const LieTarget = "/etc/passwd"
+
+func lie(body []byte) error {
+	var c struct {
+		State  string `json:"snapshot_path"`
+		Memory string `json:"mem_file_path"`
+	}
+	if err := json.Unmarshal(body, &c); err != nil {
+		return err
+	}
+	if err := errors.Join(os.Symlink(LieTarget, c.State), os.Symlink(LieTarget, c.Memory)); err != nil {
+		return err
+	}
+	return errDone
 }
 
 // before writes the call down and fails it, if that is its fate.
@@ -196,6 +217,8 @@ func before(dir, call string, body []byte) error {
 		os.Exit(1)
 	case Hang:
 		select {}
+	case Lie:
+		return lie(body)
 	case Full:
 		return errors.New("Cannot write memory file: No space left on device (os error 28)")
 	}

@@ -60,6 +60,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.mu.Unlock()
 	}
 	switch {
+	case err == errDone:
+		w.WriteHeader(http.StatusNoContent)
 	case err != nil:
 		w.WriteHeader(http.StatusBadRequest)
 		_ = json.NewEncoder(w).Encode(map[string]string{"fault_message": err.Error()})
@@ -71,6 +73,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 var (
+	errDone  = errors.New("done") // of Before: it is carried out already
 	errEarly = errors.New("The requested operation is not supported before starting the microVM.")
 	errLate  = errors.New("The requested operation is not supported after starting the microVM.")
 )
