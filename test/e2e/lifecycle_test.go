@@ -126,6 +126,10 @@ func TestTenGenerationsKeepMemoryAndDisk(t *testing.T) {
 	s := server(t)
 	sb := spawn(t, s)
 	sh(t, s, sb.ID, "mkdir -p /home/user/work && cd /home/user/work && head -c 8M /dev/urandom > fixed && md5sum fixed > sums")
+	trim := "sudo fstrim /"
+	if harness.Driver() == "firecracker" {
+		trim = "sync" // its disk takes no discards
+	}
 	var made string
 	for g := range 10 {
 		if g%3 == 0 {
@@ -135,7 +139,7 @@ func TestTenGenerationsKeepMemoryAndDisk(t *testing.T) {
 		ask(t, s, sb.ID, "set "+value)
 		// New data, data over old data, and a hole where data was.
 		sh(t, s, sb.ID, fmt.Sprintf(`cd /home/user/work && head -c 1M /dev/urandom > g%d && md5sum g%d >> sums &&
-			if [ %d -ge 4 ]; then rm g%d && sed -i '/ g%d$/d' sums && sudo fstrim / ; fi`, g, g, g, g-4, g-4))
+			if [ %d -ge 4 ]; then rm g%d && sed -i '/ g%d$/d' sums && %s ; fi`, g, g, g, g-4, g-4, trim))
 		pause(t, s, sb.ID)
 		resume(t, s, sb.ID)
 		a := ask(t, s, sb.ID, "stat")

@@ -154,8 +154,12 @@ func requireHost(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: the server makes network namespaces and serves page faults")
 	}
-	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
-		t.Skip("needs QEMU (make setup):", err)
+	vmm := "qemu-system-x86_64"
+	if harness.Driver() == "firecracker" {
+		vmm = "firecracker"
+	}
+	if _, err := exec.LookPath(vmm); err != nil {
+		t.Skip("needs QEMU (make setup) or the VMM of WRENN_TEST_DRIVER:", err)
 	}
 	if _, err := os.Stat(filepath.Join(harness.Bin(), "wrenn")); err != nil {
 		t.Skip("needs the programs (make build):", err)

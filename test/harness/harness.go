@@ -60,12 +60,19 @@ func DevDir() string {
 	return "/var/tmp/wrenn-dev"
 }
 
+// Driver is what runs the VMs of servers under test: WRENN_TEST_DRIVER, or
+// nothing for the server's own choice.
+func Driver() string { return os.Getenv("WRENN_TEST_DRIVER") }
+
 var serves = regexp.MustCompile(`serves on (http://\S+)`)
 
 // Start runs the server and returns when it takes requests.
 func Start(ctx context.Context, o Options) (*Server, error) {
 	if o.Output == nil {
 		o.Output = os.Stderr
+	} else if os.Getenv("WRENN_TEST_VERBOSE") == "1" {
+		o.Output = io.MultiWriter(o.Output, os.Stderr)
+		o.Args = append(o.Args, "--verbose")
 	}
 	s := &Server{Dir: o.Dir, opts: o}
 	return s, s.Restart(ctx)
@@ -73,7 +80,11 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 
 // Restart starts the server again after it ended, on the same state.
 func (s *Server) Restart(ctx context.Context) error {
-	args := append([]string{"up", "--dir", s.Dir, "--listen", "127.0.0.1:0"}, s.opts.Args...)
+	args := []string{"up", "--dir", s.Dir, "--listen", "127.0.0.1:0"}
+	if d := Driver(); d != "" {
+		args = append(args, "--driver", d)
+	}
+	args = append(args, s.opts.Args...)
 	cmd := exec.Command(filepath.Join(Bin(), "wrenn"), args...)
 	cmd.Stderr = s.opts.Output
 	// What a developer presses Ctrl-C on is us; we end the server.
@@ -178,8 +189,9 @@ func (p Process) Memory() int64 {
 	return 0
 }
 
-// ProcessesOf lists the processes whose command line names a path: with a
-// state directory all of its processes, with a sandbox's directory its VM.
+// ProcessesOf lists the processes whose command line names a path, or which
+// are jailed below it: with a state directory all of its processes, with a
+// sandbox's directory its VM.
 func ProcessesOf(path string) []Process {
 	entries, _ := os.ReadDir("/proc")
 	var out []Process
@@ -190,11 +202,33 @@ func ProcessesOf(path string) []Process {
 		}
 		c, err := cmdline(pid)
 		program := filepath.Base(strings.Split(c, "\x00")[0])
-		if err == nil && strings.Contains(c, path) && (program == "wrenn" || strings.HasPrefix(program, "qemu-system")) {
-			out = append(out, Process{pid, c})
+		if err != nil {
+			continue
+		}
+		switch {
+		case program == "firecracker":
+			if strings.Contains(c, path) || strings.Contains(rootOf(pid), path) {
+				out = append(out, Process{pid, c})
+			}
+		case program == "wrenn", program == "jailer", strings.HasPrefix(program, "qemu-system"):
+			if strings.Contains(c, path) {
+				out = append(out, Process{pid, c})
+			}
 		}
 	}
 	return out
+}
+
+// rootOf is the directory, within its file system, that is a process's root. A
+// jailed VM is known by it, also when the jail has been removed.
+func rootOf(pid int) string {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 && f[4] == "/" {
+			return f[3]
+		}
+	}
+	return ""
 }
 
 func cmdline(pid int) (string, error) {

@@ -52,7 +52,7 @@ var modules = []string{
 // returns what they printed.
 func (m Machine) Run(t testing.TB) []byte {
 	t.Helper()
-	dir := t.TempDir()
+	dir := workDir(t)
 	b, err := json.Marshal(map[string]any{"Steps": m.Steps})
 	if err != nil {
 		t.Fatal(err)
@@ -72,6 +72,8 @@ func (m Machine) Run(t testing.TB) []byte {
 	command(t, "/usr/sbin:/sbin", "mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0",
 		"-m", "0", "-d", m.Tree, disk, strconv.Itoa(m.DiskMB)+"M")
 
+	// The clock is the HPET's: the emulated TSC was seen to go back after a VM
+	// had run, and the machine's time with it, which then stood still.
 	out, console := filepath.Join(dir, "out"), filepath.Join(dir, "console")
 	ctx, cancel := context.WithTimeout(t.Context(), m.Limit)
 	defer cancel()
@@ -82,7 +84,7 @@ func (m Machine) Run(t testing.TB) []byte {
 		"-serial", "file:"+console, "-serial", "file:"+out,
 		"-drive", "file="+disk+",format=raw,if=none,id=d,cache=unsafe,discard=unmap", "-device", "virtio-blk-pci,drive=d",
 		"-kernel", kernel, "-initrd", initrd,
-		"-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check random.trust_cpu=on")
+		"-append", "console=ttyS0 quiet panic=-1 mitigations=off clocksource=hpet tsc=reliable no_timer_check random.trust_cpu=on")
 	said, err := cmd.CombinedOutput()
 	got, _ := os.ReadFile(out)
 	got = bytes.ReplaceAll(got, []byte("\r\n"), []byte("\n"))
@@ -93,6 +95,19 @@ func (m Machine) Run(t testing.TB) []byte {
 		t.Errorf("the nested machine: %v (limit %s)\n%s\nits output ends with:\n%s", err, m.Limit, said, tail(got, 8<<10))
 	}
 	return got
+}
+
+// workDir takes the machine's disk and output. With WRENN_NESTED_DIR it is that
+// one and stays, for whoever wants to watch or to boot it again by hand.
+func workDir(t testing.TB) string {
+	dir := os.Getenv("WRENN_NESTED_DIR")
+	if dir == "" {
+		return t.TempDir()
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 func tail(b []byte, n int) []byte {

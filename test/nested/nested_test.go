@@ -2,13 +2,13 @@ package nested
 
 import (
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
+	"git.omukk.dev/wrenn/sandbox/test/harness"
 )
 
 // nestedEnv is what the tests in the machine find their parts by.
@@ -48,13 +48,6 @@ func tree(t *testing.T) string {
 	return dir
 }
 
-func copyTo(t *testing.T, to, from string) {
-	t.Helper()
-	if out, err := exec.Command("cp", "--sparse=always", from, to).CombinedOutput(); err != nil {
-		t.Fatalf("cp: %v\n%s", err, out)
-	}
-}
-
 // TestDriverInNestedMachine runs the tests of the Firecracker driver on the
 // real program.
 func TestDriverInNestedMachine(t *testing.T) {
@@ -62,13 +55,54 @@ func TestDriverInNestedMachine(t *testing.T) {
 	dir := tree(t)
 	Build(t, filepath.Join(dir, "t/firecracker"), "test", "git.omukk.dev/wrenn/sandbox/internal/vmm/firecracker")
 	// The others need a shell, and run everywhere.
-	args := []string{"/t/firecracker", "-test.v", "-test.timeout=5m", "-test.run=^TestVM"}
+	args := []string{"/t/firecracker", "-test.v", "-test.timeout=10m", "-test.run=^TestVM"}
 	if run := os.Getenv("WRENN_NESTED_RUN"); run != "" {
 		args = append(args, "-test.run="+run)
 	}
 	m := Machine{
-		Tree: dir, DiskMB: 1024, MemoryMB: 2048, Limit: 6 * time.Minute,
+		Tree: dir, DiskMB: 1024, MemoryMB: 2048, Limit: 12 * time.Minute,
 		Steps: []Step{{Name: "driver", Args: args, Env: nestedEnv, Dir: "/t"}},
+	}
+	Report(t, m.Steps, m.Run(t))
+}
+
+// lifeCycle are the tests of test/e2e that run on Firecracker too.
+const lifeCycle = "^(TestDoctorTellsWhatRunsVMs|TestEveryDriverDoesTheWholeLifeCycle)$"
+
+// TestLifeCycleOnFirecracker runs end-to-end tests on a server whose VMs are
+// Firecracker's: in a nested machine, or on this host where it has KVM.
+func TestLifeCycleOnFirecracker(t *testing.T) {
+	bin := harness.Bin()
+	for _, p := range []string{"wrenn", "envd"} {
+		if _, err := os.Stat(filepath.Join(bin, p)); err != nil {
+			t.Skip("needs the programs (make build):", err)
+		}
+	}
+	args := []string{"-test.v", "-test.timeout=18m", "-test.run=" + lifeCycle}
+	if run := os.Getenv("WRENN_NESTED_RUN"); run != "" {
+		args = append(args, "-test.run="+run)
+	}
+	env := []string{"WRENN_TEST_DRIVER=firecracker"}
+	const pkg, limit = "git.omukk.dev/wrenn/sandbox/test/e2e", 20 * time.Minute
+	if os.Getenv("WRENN_TEST_KVM") == "1" {
+		vmmtest.RequireKVM(t)
+		prog := filepath.Join(t.TempDir(), "e2e")
+		Build(t, prog, "test", pkg)
+		steps := []Step{{Name: "e2e", Args: append([]string{prog}, args...), Env: env, Dir: filepath.Dir(prog)}}
+		Report(t, steps, Here(t, steps, limit))
+		return
+	}
+	requireNested(t)
+	dir := tree(t)
+	Base(t, dir, "cache")
+	for _, p := range []string{"wrenn", "envd"} {
+		copyTo(t, filepath.Join(dir, "usr/bin", p), filepath.Join(bin, p))
+	}
+	Build(t, filepath.Join(dir, "t/e2e"), "test", pkg)
+	env = append(env, "WRENN_TEST_VERBOSE="+os.Getenv("WRENN_TEST_VERBOSE"), "WRENN_BIN=/usr/bin", "WRENN_CACHE=/cache", "WRENN_DEV_DIR=/var/tmp/w")
+	m := Machine{
+		Tree: dir, DiskMB: 6 << 10, MemoryMB: 3 << 10, Limit: limit,
+		Steps: []Step{{Name: "e2e", Args: append([]string{"/t/e2e"}, args...), Env: append(env, nestedEnv...), Dir: "/t"}},
 	}
 	Report(t, m.Steps, m.Run(t))
 }
