@@ -264,7 +264,7 @@ func (r *ownRig) nothingHeld(when string, sandboxes int) {
 }
 
 // shortPatience is how long a call without an answer is waited for.
-const shortPatience = 2 * time.Second
+const shortPatience = 5 * time.Second
 
 // eachFailure runs a subtest for each call and each way to fail in it.
 func eachFailure(t *testing.T, calls, kinds []string, f func(r *ownRig, call, kind string)) {

@@ -60,14 +60,19 @@ func (f failing) restore(ctx context.Context) (vmm.Machine, error) {
 // failures are the ways to fail, and what is then said of it.
 var failures = map[string]string{fctest.Die: fctest.LastWords, fctest.Hang: "no answer", fctest.Refuse: "told to refuse"}
 
-// limited is the caller's patience, where there is no answer to come.
-func limited(t *testing.T, kind string) context.Context {
-	limit := time.Minute
-	if kind == fctest.Hang {
-		limit = 500 * time.Millisecond
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
+// patient is a context of the test. Where there is no answer to come it ends
+// when the call that gets none has been made.
+func (f failing) patient(t *testing.T, kind string) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
+	if kind == fctest.Hang {
+		go func() {
+			for f.program.Pending() && ctx.Err() == nil {
+				time.Sleep(time.Millisecond) // a process of its own, without an event
+			}
+			cancel()
+		}()
+	}
 	return ctx
 }
 
@@ -105,7 +110,7 @@ func TestFailureInAnyStepOfAStartLeavesNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 			f.program.Fail(t, step, kind)
-			m, err := start(f, limited(t, kind))
+			m, err := start(f, f.patient(t, kind))
 			if err == nil {
 				t.Fatalf("it started as process %d", m.PID())
 			}
@@ -149,7 +154,7 @@ func TestFailureInAnyStepOfASave(t *testing.T) {
 		}
 		defer func() { _ = m.Kill(context.Background()) }()
 		f.program.Fail(t, step, kind)
-		_, err = m.(vmm.MemorySaver).Save(limited(t, kind), new(bytes.Buffer), false)
+		_, err = m.(vmm.MemorySaver).Save(f.patient(t, kind), new(bytes.Buffer), false)
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("the error is %v, want %q in it", err, want)
 		}
