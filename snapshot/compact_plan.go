@@ -25,9 +25,10 @@ type CompactionPolicy struct {
 	// reads may lie, on average over the image; default 2. Each costs a call to
 	// the kernel. An image of less than 256 pieces in all is left as it is.
 	MaxPieces float64
+
+	few int // pieces that MaxPieces does not look at; 0: fewPieces
 }
 
-// fewPieces is what MaxPieces does not look at.
 const fewPieces = 256
 
 func (p CompactionPolicy) withDefaults() CompactionPolicy {
@@ -39,6 +40,9 @@ func (p CompactionPolicy) withDefaults() CompactionPolicy {
 	}
 	if p.MaxPieces < 1 {
 		p.MaxPieces = 2
+	}
+	if p.few == 0 {
+		p.few = fewPieces
 	}
 	return p
 }
@@ -120,7 +124,7 @@ func planCompaction(h *format.Header, policy CompactionPolicy) CompactionPlan {
 }
 
 func (p CompactionPolicy) tooManyPieces(l layout) bool {
-	return l.pieces > fewPieces && float64(l.pieces) > p.MaxPieces*float64(l.clusters)
+	return l.pieces > p.few && float64(l.pieces) > p.MaxPieces*float64(l.clusters)
 }
 
 // choosePieces returns from how many pieces on a cluster is copied, so that

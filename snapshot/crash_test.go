@@ -26,8 +26,9 @@ type life struct {
 	failed    int // steps that returned an error
 }
 
-// tight makes nearly every image one for compaction.
-var tight = CompactionPolicy{MaxBuilds: 2}
+// tight makes nearly every image one for compaction: for the number of its
+// builds, or for its pieces alone.
+var tight = CompactionPolicy{MaxBuilds: 2, MaxPieces: 1.5, few: 1}
 
 func newLife(f *snaptest.FS) (*life, error) {
 	s, err := Open("/store", Options{FS: f, Compaction: tight})
