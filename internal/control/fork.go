@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 )
 
@@ -11,6 +12,12 @@ const forksAtOnce = 4
 
 // forkPrefix begins the names of snapshots that live as long as a fork takes.
 const forkPrefix = "fork-"
+
+// isForkName tells the name of a fork's snapshot from those that people give.
+func isForkName(name string) bool {
+	id, ok := strings.CutPrefix(name, forkPrefix)
+	return ok && len(id) == idLength && ValidateID("id", id) == nil
+}
 
 // Child is one result of Fork: a sandbox, or why there is none.
 type Child struct {

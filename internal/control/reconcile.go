@@ -300,6 +300,13 @@ func (s *Service) reconcileTemplates(ctx context.Context) ([]Template, error) {
 		}
 		return bad
 	})
+	list = slices.DeleteFunc(list, func(t Template) bool {
+		fork := t.Type == TemplateSnapshot && isForkName(t.Name)
+		if fork {
+			s.dropFork(ctx, t.Name)
+		}
+		return fork
+	})
 	have := map[string]bool{}
 	for _, r := range rows {
 		have[r.Name] = true
@@ -327,6 +334,21 @@ func (s *Service) reconcileTemplates(ctx context.Context) ([]Template, error) {
 		}
 	}
 	return list, nil
+}
+
+// dropFork removes the snapshot of a fork that was cut off. One under way holds
+// its name.
+func (s *Service) dropFork(ctx context.Context, name string) {
+	release := s.names.try(name)
+	if release == nil {
+		return
+	}
+	defer release()
+	if err := s.host.DeleteSnapshot(ctx, name); err != nil && CodeOf(err) != CodeNotFound {
+		s.log.WarnContext(ctx, "remove the snapshot of a fork that was cut off", "name", name, "err", err)
+		return
+	}
+	s.log.InfoContext(ctx, "removed the snapshot of a fork that was cut off", "name", name)
 }
 
 // correctTemplate adds or removes one row, unless there has been an operation

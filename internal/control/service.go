@@ -223,11 +223,14 @@ func (s *Service) seen(sb Sandbox) Sandbox {
 	return sb
 }
 
+// idLength is how long the ids are that the server gives.
+const idLength = 20
+
 // newID makes an ID of 100 random bits; it becomes a host name.
 func newID() string {
 	var b [13]byte
 	rand.Read(b[:]) // never fails
-	return strings.ToLower(base32.StdEncoding.EncodeToString(b[:]))[:20]
+	return strings.ToLower(base32.StdEncoding.EncodeToString(b[:]))[:idLength]
 }
 
 // activity counts the commands and transfers under way, by sandbox.

@@ -15,6 +15,9 @@ func (s *Service) CreateSnapshot(ctx context.Context, sandboxID, name string) (_
 	if err := ValidateName("name", name); err != nil {
 		return Template{}, err
 	}
+	if isForkName(name) {
+		return Template{}, Invalid("name", "%s… is how the server names snapshots that live as long as a fork; choose another name", forkPrefix)
+	}
 	ctx, cancel := s.detach(ctx)
 	defer cancel()
 	releaseName := s.names.try(name)
