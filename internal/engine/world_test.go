@@ -22,6 +22,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 // patience bounds what must come to pass; it is no measure.
@@ -48,8 +49,12 @@ type world struct {
 var errDead = errors.New("the engine was abandoned")
 
 func newWorld(t *testing.T, policy snapshot.CompactionPolicy) *world {
+	return newWorldOn(t, nil, policy)
+}
+
+func newWorldOn(t *testing.T, fs storage.FS, policy snapshot.CompactionPolicy) *world {
 	w := &world{Host: enginetest.New(t), t: t, parked: make(chan struct{}), marks: map[string]uint64{}}
-	w.Policy = policy
+	w.Policy, w.FS = policy, fs
 	w.must(w.open())
 	t.Cleanup(func() {
 		if w.e != nil && !w.dead.Load() {

@@ -78,7 +78,7 @@ func (b *bench) parts() []part {
 	return []part{
 		{"boot", b.boot}, {"resume", b.resume}, {"spawn", b.spawn}, {"pause", b.pause},
 		{"clone-memory", b.cloneMemory}, {"saturated-boot", b.saturatedBoot},
-		{"adopt", b.adopt}, {"load", b.load}, {"e2b", b.e2b},
+		{"fork", b.fork}, {"adopt", b.adopt}, {"load", b.load}, {"e2b", b.e2b},
 	}
 }
 

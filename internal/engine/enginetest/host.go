@@ -22,6 +22,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/engine"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 // BaseName is the base template of a Host, DiskSize the bytes of its disk.
@@ -39,6 +40,8 @@ type Host struct {
 	// Guest answers what is asked of the guests' agents beside /init and
 	// /sync; nil knows nothing more. Set it before the first sandbox.
 	Guest http.Handler
+	// FS is where the store lives; nil is the disk.
+	FS storage.FS
 	// Policy bounds what compaction lets an image be made of.
 	Policy snapshot.CompactionPolicy
 
@@ -82,7 +85,7 @@ func stateDir(t testing.TB) string {
 // long as it takes to be what it will be.
 func (h *Host) OpenStore() *snapshot.Store {
 	h.t.Helper()
-	s, err := snapshot.Open(filepath.Join(h.Dir, "store"), snapshot.Options{Compaction: h.Policy})
+	s, err := snapshot.Open(filepath.Join(h.Dir, "store"), snapshot.Options{Compaction: h.Policy, FS: h.FS})
 	if err != nil {
 		h.t.Fatal(err)
 	}
