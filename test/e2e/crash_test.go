@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -26,24 +27,16 @@ func warmServer(t *testing.T, args ...string) *harness.Server {
 	return s
 }
 
-// restart starts the server again and returns how long after "serves" an exec
-// in the sandbox succeeded.
-func restart(t *testing.T, s *harness.Server, id string) time.Duration {
+// restart starts the server again. The first exec after it says that it serves
+// must succeed: a server that serves has taken over what ran. How long that
+// takes is for the benchmark to say.
+func restart(t *testing.T, s *harness.Server, id string) {
 	t.Helper()
 	if err := s.Restart(timeout(t, 2*time.Minute)); err != nil {
 		t.Fatalf("restart: %v", err)
 	}
-	serves := time.Now()
-	ctx := timeout(t, 30*time.Second)
-	for {
-		_, err := s.Exec(ctx, id, client.ExecRequest{Cmd: "true"})
-		if err == nil {
-			return time.Since(serves)
-		}
-		if ctx.Err() != nil {
-			t.Fatalf("no exec in %s after the restart: %v", id, err)
-		}
-		time.Sleep(20 * time.Millisecond) // there is no event to wait for
+	if _, err := s.Exec(timeout(t, 30*time.Second), id, client.ExecRequest{Cmd: "true"}); err != nil {
+		t.Errorf("the first exec in %s after the server serves again: %v", id, err)
 	}
 }
 
@@ -104,10 +97,10 @@ func TestCrashesLoseNoSandbox(t *testing.T) {
 	}
 
 	t.Run("the server", func(t *testing.T) {
+		counting := startCounting(t, s, running)
 		s.Kill()
-		if d := restart(t, s, running); d > 2*time.Second {
-			t.Errorf("the first exec after the restart took %v", d)
-		}
+		restart(t, s, running)
+		counting.goesOn(t, s, running)
 		sameVM(t)
 		h.check(t)
 	})
@@ -119,9 +112,7 @@ func TestCrashesLoseNoSandbox(t *testing.T) {
 		p := s.Pager()
 		s.Kill()
 		p.Kill()
-		if d := restart(t, s, running); d > 3*time.Second {
-			t.Errorf("the first exec after the restart took %v", d)
-		}
+		restart(t, s, running)
 		sameVM(t)
 		h.check(t)
 	})
@@ -195,6 +186,73 @@ func killPagerAtWork(t *testing.T, s *harness.Server) {
 	}
 }
 
+// counting is a command that counts on, and what it was heard to say last.
+type counting struct{ pid, said int }
+
+// startCounting starts the command and hears a part of what it says.
+func startCounting(t *testing.T, s *harness.Server, id string) *counting {
+	t.Helper()
+	st, err := s.ExecStream(timeout(t, time.Minute), id, client.ExecRequest{
+		Cmd: "sh", Args: []string{"-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	c := &counting{}
+	c.hear(t, st, 3)
+	return c
+}
+
+// hear takes in some outputs and checks that the numbers only grow.
+func (c *counting) hear(t *testing.T, st *client.Stream, n int) {
+	t.Helper()
+	for n > 0 {
+		ev, err := st.Recv()
+		if err != nil {
+			t.Fatalf("after %d: %v", c.said, err)
+		}
+		switch ev.Type {
+		case client.EventStart:
+			c.pid = ev.PID
+		case client.EventStdout:
+			for _, f := range strings.Fields(string(ev.Data)) {
+				if now, err := strconv.Atoi(f); err != nil || now <= c.said {
+					t.Fatalf("it says %q after %d", f, c.said)
+				} else {
+					c.said = now
+				}
+			}
+			n--
+		default:
+			t.Fatalf("after %d: %+v", c.said, ev)
+		}
+	}
+}
+
+// goesOn picks the output up again and ends the command.
+func (c *counting) goesOn(t *testing.T, s *harness.Server, id string) {
+	t.Helper()
+	st, err := s.AttachStream(timeout(t, time.Minute), id, c.pid)
+	if err != nil {
+		t.Fatalf("pick the output up again: %v", err)
+	}
+	defer st.Close()
+	c.hear(t, st, 3)
+	if err := st.Stop(); err != nil {
+		t.Errorf("stop what was picked up: %v", err)
+	}
+	for {
+		ev, err := st.Recv()
+		if err != nil {
+			t.Fatalf("no end of what was stopped: %v", err)
+		}
+		if ev.Type == client.EventExit {
+			return
+		}
+	}
+}
+
 func loseDatabase(t *testing.T, s *harness.Server) {
 	t.Helper()
 	s.Kill()
@@ -217,11 +275,11 @@ func killVM(t *testing.T, s *harness.Server) {
 	victim := spawn(t, s)
 	s.VM(victim.ID).Kill()
 	var sb *client.Sandbox
-	if !harness.Eventually(2*time.Second, func() bool {
+	if !harness.Eventually(30*time.Second, func() bool {
 		sb, _ = s.GetSandbox(t.Context(), victim.ID)
 		return sb != nil && sb.Status == client.StatusError
 	}) {
-		t.Errorf("2 s after its VM was killed the sandbox is %+v", sb)
+		t.Errorf("after its VM was killed the sandbox is %+v", sb)
 	}
 	if sb == nil || !strings.Contains(sb.Error, "killed") {
 		t.Errorf("the reason given is %+v", sb)
@@ -321,8 +379,12 @@ func (h herd) settled(t *testing.T, when, a string) {
 			sb.Status = client.StatusRunning
 		}
 		want, ours := h.was[sb.ID]
-		if sb.Status == client.StatusRunning {
-			if got := ask(t, h.s, sb.ID, "stat"); ours && (got.PID != want.PID || got.Made != want.Made || got.Value != sb.ID) {
+		switch {
+		case sb.Status != client.StatusRunning:
+		case !ours: // made by what was cut off, perhaps without a keeper
+			sh(t, h.s, sb.ID, "true")
+		default:
+			if got := ask(t, h.s, sb.ID, "stat"); got.PID != want.PID || got.Made != want.Made || got.Value != sb.ID {
 				t.Errorf("%s: %s says %+v, was %+v", when, sb.ID, got, want)
 			}
 		}
