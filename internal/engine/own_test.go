@@ -161,7 +161,7 @@ func newRigOn(t *testing.T, p *fctest.Program, o firecracker.Options, base BaseF
 		net: &fakeNet{guest: guest.Listener.Addr().String()},
 	}
 	r.opts = Options{
-		Dir: dir, Store: store, Network: r.net, Disks: r.disks, Logger: quiet,
+		Dir: dir, Store: store, Cmdline: "mitigations=off", Network: r.net, Disks: r.disks, Logger: quiet,
 		Pager:  pagerv1connect.NewPagerServiceClient(http.DefaultClient, serves.URL),
 		Driver: firecracker.New(o),
 	}

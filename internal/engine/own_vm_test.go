@@ -27,10 +27,7 @@ import (
 func vmRig(t *testing.T) *ownRig {
 	t.Helper()
 	vmmtest.RequireKVM(t)
-	r := newRigOn(t, nil, firecracker.Options{Direct: true}, BaseFiles{Kernel: vmmtest.Vmlinux(t), Initrd: vmmtest.Initrd(t)})
-	r.opts.Cmdline = "mitigations=off"
-	r.restart()
-	return r
+	return newRigOn(t, nil, firecracker.Options{Direct: true}, BaseFiles{Kernel: vmmtest.Vmlinux(t), Initrd: vmmtest.Initrd(t)})
 }
 
 // alone is a Firecracker that nobody drives but the test.

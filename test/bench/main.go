@@ -79,6 +79,7 @@ func (b *bench) parts() []part {
 		{"boot", b.boot}, {"resume", b.resume}, {"spawn", b.spawn}, {"pause", b.pause},
 		{"clone-memory", b.cloneMemory}, {"saturated-boot", b.saturatedBoot},
 		{"fork", b.fork}, {"adopt", b.adopt}, {"load", b.load}, {"e2b", b.e2b},
+		{"firecracker", b.firecracker},
 	}
 }
 

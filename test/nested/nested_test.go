@@ -106,3 +106,22 @@ func TestLifeCycleOnFirecracker(t *testing.T) {
 	}
 	Report(t, m.Steps, m.Run(t))
 }
+
+// TestResumeInNestedMachine measures resumes beside Firecracker's own loads; the
+// figures are lines of its log. `make bench` runs it.
+func TestResumeInNestedMachine(t *testing.T) {
+	if os.Getenv("WRENN_BENCH") != "1" {
+		t.Skip("skipped: it measures; make bench runs it")
+	}
+	requireNested(t)
+	dir := tree(t)
+	Build(t, filepath.Join(dir, "t/engine"), "test", "git.omukk.dev/wrenn/sandbox/internal/engine")
+	m := Machine{
+		Tree: dir, DiskMB: 1024, MemoryMB: 2048, Limit: 12 * time.Minute,
+		Steps: []Step{{
+			Name: "resume", Args: []string{"/t/engine", "-test.v", "-test.timeout=10m", "-test.run=^TestVM"},
+			Env: append([]string{"WRENN_BENCH=1"}, nestedEnv...), Dir: "/t",
+		}},
+	}
+	Report(t, m.Steps, m.Run(t))
+}

@@ -1,0 +1,48 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"time"
+)
+
+var figure = regexp.MustCompile(`FIGURE (\S+) (\S+) of `)
+
+// firecracker compares our resume on Firecracker with Firecracker's own load of
+// the same snapshot, each until the guest runs. Without KVM both run in the
+// machine of test/nested, whose processor is emulated, guest's and host's alike.
+func (b *bench) firecracker(ctx context.Context) error {
+	pkg, test, where := "./test/nested", "^TestResumeInNestedMachine$", "nested, emulated KVM"
+	if os.Getenv("WRENN_TEST_KVM") == "1" {
+		pkg, test, where = "./internal/engine", "^TestVMResumeBesideFirecrackersOwnLoad$", "KVM"
+	}
+	cmd := exec.CommandContext(ctx, "go", "test", "-count=1", "-v", "-timeout", "20m", "-run", test, pkg)
+	cmd.Env = append(os.Environ(), "WRENN_BENCH=1")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w\n%s", err, out)
+	}
+	found := map[string]time.Duration{}
+	for _, m := range figure.FindAllStringSubmatch(string(out), -1) {
+		if d, err := time.ParseDuration(m[2]); err == nil {
+			found[m[1]] = d
+		}
+	}
+	for _, end := range []struct{ name, what, promise string }{
+		{"runs", "until it runs", "≤ 1.2×"}, {"speaks", "until its guest has spoken", ""},
+	} {
+		ours, own := found["ours-"+end.name], found["own-"+end.name]
+		if ours == 0 || own == 0 {
+			// It may have been skipped, where there is nothing to run it with.
+			return fmt.Errorf("there are no figures:\n%s", strings.TrimSpace(string(out)))
+		}
+		ratio := float64(ours) / float64(own)
+		b.out.row(fmt.Sprintf("resume on Firecracker against its own load, %s (%s)", end.what, where),
+			fmt.Sprintf("%v : %v = %.2f×", ours, own, ratio), end.promise, ratio <= 1.2)
+	}
+	return nil
+}
