@@ -38,7 +38,7 @@ func newRootCmd() *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		newSandboxCmd(), newSnapshotCmd(), newTemplateCmd(), newVersionCmd(),
-		newUpCmd(), newCACmd(), newPagerCmd(), newDoctorCmd(), newStoreCmd(), newMCPCmd(),
+		newUpCmd(), newCACmd(), newPagerCmd(), newDoctorCmd(), newStoreCmd(), newMCPCmd(), newStepsCmd(),
 	)
 	return root
 }

@@ -131,7 +131,7 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	e, err := engine.New(ctx, engine.Options{
 		Disks: disks, Dir: o.dir, Store: snapshots, Driver: driver, Network: engine.HostNetwork(pool), Pager: keeper.Client(),
 		MemoryLimitMB: o.memoryLimit, VCPULimit: o.vcpuLimit, MinFreeDisk: lowWater(o),
-		Cmdline: "wrenn.dns=" + o.dns, Logger: s.log,
+		Cmdline: "wrenn.dns=" + o.dns, Logger: s.log, AfterStep: killAfter(),
 	})
 	if err != nil {
 		return fmt.Errorf("start the engine: %w", err)

@@ -137,6 +137,9 @@ func (s *Server) Kill() {
 	<-s.done
 }
 
+// Ended is closed when the server's process has ended.
+func (s *Server) Ended() <-chan struct{} { return s.done }
+
 // Stop ends the server as its owner would and returns its verdict.
 func (s *Server) Stop() error {
 	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {

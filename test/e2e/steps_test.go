@@ -1,0 +1,236 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/client"
+	"git.omukk.dev/wrenn/sandbox/test/harness"
+)
+
+// notHere are operations whose crashes internal/engine tests alone, with why.
+var notHere = map[string]string{
+	"reboot":  "the steps are those of create and resume",
+	"import":  "of a base, which the server does once, before it serves",
+	"compact": "needs tens of generations; test/model has them",
+	"egress":  "is reached by the E2B surface only",
+}
+
+// stepKiller kills the server after steps.
+type stepKiller struct {
+	herd
+	t    *testing.T
+	file string // names the step to die after
+	a    string // runs; herd.paused is paused
+	n    int
+}
+
+// TestAKillAfterEveryStepLosesNothing kills a real server, by its own hand,
+// after every step that the program lists, and starts it again.
+func TestAKillAfterEveryStepLosesNothing(t *testing.T) {
+	k := &stepKiller{t: t, file: filepath.Join(t.TempDir(), "kill-after")}
+	t.Setenv("WRENN_TEST_KILL_AFTER", k.file)
+	s := warmServer(t)
+	k.a = spawn(t, s).ID
+	b := spawn(t, s).ID
+	k.herd = herd{s, map[string]keeperAnswer{}, b}
+	for _, id := range []string{k.a, b} {
+		k.was[id] = ask(t, s, id, "set "+id)
+	}
+	pause(t, s, b)
+	for _, op := range listedSteps(t) {
+		do, known := k.operations()[op.Op]
+		if why, skip := notHere[op.Op]; skip {
+			t.Logf("%s: not here: %s", op.Op, why)
+			continue
+		}
+		if !known {
+			t.Errorf("the operation %s is listed and has no test here", op.Op)
+			continue
+		}
+		for _, step := range op.Steps {
+			t.Run(op.Op+"/"+step, func(t *testing.T) {
+				k.t = t
+				k.dieAfter(op.Op+"/"+step, do)
+				k.removeFailed(op.Op)
+				k.settled(t, "killed after "+op.Op+"/"+step, k.a)
+			})
+			if t.Failed() {
+				return // what follows would build on it
+			}
+		}
+	}
+}
+
+type listedOp struct {
+	Op    string   `json:"op"`
+	Steps []string `json:"steps"`
+}
+
+func listedSteps(t *testing.T) []listedOp {
+	t.Helper()
+	out, err := exec.CommandContext(timeout(t, 20*time.Second), filepath.Join(harness.Bin(), "wrenn"), "steps").Output()
+	if err != nil {
+		t.Fatalf("wrenn steps: %v", err)
+	}
+	var ops []listedOp
+	if err := json.Unmarshal(out, &ops); err != nil || len(ops) < 10 {
+		t.Fatalf("wrenn steps: %d operations, %v: %s", len(ops), err, out)
+	}
+	return ops
+}
+
+// operations are how each is brought about; the errors are those of a server
+// that dies meanwhile.
+func (k *stepKiller) operations() map[string]func(ctx context.Context) error {
+	s := k.s
+	k.n++
+	name := fmt.Sprintf("step%d", k.n)
+	create := func(template string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			_, err := s.CreateSandbox(ctx, client.CreateSandboxRequest{Template: template})
+			return err
+		}
+	}
+	snapshot := func(id string) func(context.Context) error {
+		return func(ctx context.Context) error {
+			_, err := s.CreateSnapshot(ctx, id, fmt.Sprintf("%s-%d", name, time.Now().UnixNano()))
+			return err
+		}
+	}
+	// removed has the armed step come in the removal of a snapshot.
+	removed := func(ctx context.Context) error {
+		if err := k.disarmed(func() error { _, err := s.CreateSnapshot(ctx, k.paused, name); return err }); err != nil && !client.IsConflict(err) {
+			return err
+		}
+		return s.DeleteSnapshot(ctx, name)
+	}
+	return map[string]func(context.Context) error{
+		"create":          create("base"),
+		"spawn":           create(warm),
+		"resume":          func(ctx context.Context) error { _, err := s.ResumeSandbox(ctx, k.paused); return err },
+		"pause":           func(ctx context.Context) error { _, err := s.PauseSandbox(ctx, k.a); return err },
+		"snapshot":        snapshot(k.a),
+		"snapshot_paused": snapshot(k.paused),
+		"delete_snapshot": removed,
+		"sweep":           removed,
+		"destroy": func(ctx context.Context) error {
+			victim, err := k.victim(ctx)
+			if err != nil {
+				return err
+			}
+			return s.DeleteSandbox(ctx, victim)
+		},
+		"died": func(ctx context.Context) error {
+			victim, err := k.victim(ctx)
+			if err != nil {
+				return err
+			}
+			s.VM(victim).Kill()
+			return nil
+		},
+		// What a resume that was cut off left is released by the next start.
+		"release": func(ctx context.Context) error {
+			armed, err := os.ReadFile(k.file)
+			if err != nil {
+				return err
+			}
+			k.arm("resume/record_vm")
+			_, _ = s.ResumeSandbox(ctx, k.paused)
+			<-s.Ended()
+			k.arm(string(armed))
+			return s.Restart(ctx)
+		},
+		"adopt": func(ctx context.Context) error {
+			s.Kill()
+			return s.Restart(ctx)
+		},
+	}
+}
+
+func (k *stepKiller) victim(ctx context.Context) (string, error) {
+	var id string
+	err := k.disarmed(func() error {
+		sb, err := k.s.CreateSandbox(ctx, client.CreateSandboxRequest{Template: warm})
+		if err == nil {
+			id = sb.ID
+		}
+		return err
+	})
+	return id, err
+}
+
+// removeFailed removes the victims whose VM was killed: they are in error,
+// which says why, and can be deleted.
+func (k *stepKiller) removeFailed(op string) {
+	k.t.Helper()
+	if op != "died" {
+		return
+	}
+	ctx := timeout(k.t, time.Minute)
+	found := false
+	if !harness.Eventually(15*time.Second, func() bool {
+		page, err := k.s.ListSandboxes(ctx, client.ListSandboxesOptions{Status: []string{client.StatusError}})
+		if err != nil {
+			return false
+		}
+		for _, sb := range page.Sandboxes {
+			found = true
+			if sb.Error == "" {
+				k.t.Errorf("%s is in error and does not say why", sb.ID)
+			}
+			if err := k.s.DeleteSandbox(ctx, sb.ID); err != nil {
+				k.t.Errorf("delete %s: %v", sb.ID, err)
+			}
+		}
+		return found
+	}) {
+		k.t.Error("the sandbox whose VM was killed is not in error")
+	}
+}
+
+func (k *stepKiller) arm(step string) {
+	k.t.Helper()
+	// Renamed into place: the server reads it at any moment.
+	if err := os.WriteFile(k.file+".new", []byte(step), 0o600); err != nil {
+		k.t.Fatal(err)
+	}
+	if err := os.Rename(k.file+".new", k.file); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
+// disarmed does f without dying in it.
+func (k *stepKiller) disarmed(f func() error) error {
+	step, err := os.ReadFile(k.file)
+	if err != nil {
+		return err
+	}
+	k.arm("")
+	defer k.arm(string(step))
+	return f()
+}
+
+// dieAfter does the operation, has the server die of it and starts it again.
+func (k *stepKiller) dieAfter(step string, do func(context.Context) error) {
+	k.t.Helper()
+	ctx := timeout(k.t, 2*time.Minute)
+	k.arm(step)
+	said := beside(func() error { return do(ctx) })
+	err := <-said
+	select {
+	case <-k.s.Ended():
+	case <-ctx.Done():
+		k.t.Fatalf("the server does not come to %s; the operation said %v", step, err)
+	}
+	k.arm("")
+	if err := k.s.Restart(ctx); err != nil {
+		k.t.Fatalf("restart after %s: %v", step, err)
+	}
+}
