@@ -104,6 +104,12 @@ func TestKeeperDoesNotGiveUp(t *testing.T) {
 	o.Logger = slog.New(failed)
 	k, err := Keep(ctx, o)
 	must(t, err)
+	stopped := false
+	t.Cleanup(func() { // a test that fails leaves no pager either
+		if !stopped {
+			_ = k.Stop()
+		}
+	})
 	first := k.PID()
 	must(t, os.Remove(program))
 	must(t, unix.Kill(first, unix.SIGKILL))
@@ -126,5 +132,6 @@ func TestKeeperDoesNotGiveUp(t *testing.T) {
 		unix.Nanosleep(&unix.Timespec{Nsec: 5e6}, nil) // there is no event for it
 	}
 	must(t, <-answered)
+	stopped = true
 	must(t, k.Stop())
 }

@@ -72,8 +72,8 @@ func (m Machine) Run(t testing.TB) []byte {
 	command(t, "/usr/sbin:/sbin", "mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0",
 		"-m", "0", "-d", m.Tree, disk, strconv.Itoa(m.DiskMB)+"M")
 
-	// The clock is the HPET's: the emulated TSC was seen to go back after a VM
-	// had run, and the machine's time with it, which then stood still.
+	// The clock is the HPET's. With the TSC the machine's time stood still once
+	// after a VM had run, for a reason that nobody found; since then it has not.
 	out, console := filepath.Join(dir, "out"), filepath.Join(dir, "console")
 	ctx, cancel := context.WithTimeout(t.Context(), m.Limit)
 	defer cancel()
