@@ -131,7 +131,8 @@ func NewCache(next Objects, o CacheOptions) (*Cache, error) {
 	return c, nil
 }
 
-// Close ends the fetches and gives the directory back. Reads fail afterwards.
+// Close ends the fetches, keeps what was fetched by then, and gives the
+// directory back. Reads fail afterwards.
 func (c *Cache) Close() error {
 	c.mu.Lock()
 	if c.closed {

@@ -100,7 +100,7 @@ func (c *Cache) readFile(key string, id chunkID) ([]byte, error) {
 func (c *Cache) keep(key string, id chunkID, f *flight) {
 	size := int64(len(f.data)) + cacheTrailer
 	c.mu.Lock()
-	if c.closed || f.stale || size > c.max || c.entries[id] != nil {
+	if f.stale || size > c.max || c.entries[id] != nil {
 		c.mu.Unlock()
 		return
 	}
