@@ -113,11 +113,21 @@ func (c *Cache) fetch(ctx context.Context, key string, id chunkID, f *flight) {
 	default:
 		f.err = err
 	}
+	if f.err != nil {
+		c.land(id, f, n) // first: who reads after a failure tries again
+		close(f.done)
+		return
+	}
 	// Readers go on; later ones find the flight until the file is there.
 	close(f.done)
-	if f.err == nil && n > 0 {
+	if n > 0 {
 		c.keep(key, id, f)
 	}
+	c.land(id, f, n)
+}
+
+// land takes a flight out that has brought n bytes.
+func (c *Cache) land(id chunkID, f *flight, n int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.stats.Fetched += int64(n)
