@@ -36,6 +36,7 @@ type worker struct {
 // nothing else.
 const startWorker = `mkdir -p /dev/shm/w /home/user/w && mkfifo /dev/shm/never
 	for d in /dev/shm/w /home/user/w; do head -c 1M /dev/urandom > $d/fixed; done
+	echo 0 > /dev/shm/count
 	setsid bash -c 'n=0; while :; do n=$((n+1)); echo $n > /dev/shm/count; read -t 1 -u 9; done 9<>/dev/shm/never' >/dev/null 2>&1 </dev/null &
 	echo $! > /dev/shm/pid; md5sum /dev/shm/w/fixed /home/user/w/fixed`
 
