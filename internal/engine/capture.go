@@ -131,10 +131,7 @@ func (cp *capturing) guestSync(ctx context.Context) error {
 }
 
 func (cp *capturing) stopVM(ctx context.Context) error {
-	if err := cp.r.machine.Pause(ctx); err != nil {
-		return fmt.Errorf("stop the VM: %w", err)
-	}
-	return nil
+	return wrap("stop the VM", cp.r.machine.Pause(ctx))
 }
 
 func (cp *capturing) deviceState(ctx context.Context) error {

@@ -269,7 +269,7 @@ func (e *Engine) releaseStrangers(ctx context.Context) {
 			continue // its journal cannot be read: touch nothing of it
 		}
 		stranger := &sandbox{dir: e.sandboxDir(id)}
-		if err := e.stopServing(ctx, stranger, format.ID{}); err != nil {
+		if err := e.stopServing(ctx, stranger); err != nil {
 			e.log.Error("something is still held for a sandbox that is gone", "sandbox", id, "err", err)
 		}
 	}

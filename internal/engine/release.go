@@ -110,9 +110,9 @@ func (e *Engine) releaseDisk(ctx context.Context, sb *sandbox) error {
 }
 
 // stopServing ends the pager's service and removes the overlay. The VM must
-// be dead. The successor is as in releaseSteps.
-func (e *Engine) stopServing(ctx context.Context, sb *sandbox, successor format.ID) error {
-	return errors.Join(e.releaseMemory(ctx, sb, successor), e.releaseDisk(ctx, sb))
+// be dead.
+func (e *Engine) stopServing(ctx context.Context, sb *sandbox) error {
+	return errors.Join(e.releaseMemory(ctx, sb, format.ID{}), e.releaseDisk(ctx, sb))
 }
 
 func (e *Engine) releaseSlot(ctx context.Context, sb *sandbox) error {

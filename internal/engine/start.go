@@ -241,10 +241,7 @@ func (st *starting) recordVM(context.Context) error {
 }
 
 func (st *starting) letRun(ctx context.Context) error {
-	if err := st.machine.Continue(ctx); err != nil {
-		return fmt.Errorf("let the VM run: %w", err)
-	}
-	return nil
+	return wrap("let the VM run", st.machine.Continue(ctx))
 }
 
 // confirm makes the guest say that it is the individual of this life.
@@ -295,7 +292,7 @@ func (st *starting) prepare(ctx context.Context) error {
 	})
 	// Pushed before the outcome is known: the pager may have done what it did
 	// not get to say, and releasing what is not there is fine.
-	st.c.push(func(ctx context.Context) error { return e.stopServing(ctx, sb, format.ID{}) })
+	st.c.push(func(ctx context.Context) error { return e.stopServing(ctx, sb) })
 	return g.Wait()
 }
 

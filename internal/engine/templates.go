@@ -63,7 +63,12 @@ type importing struct {
 }
 
 func (im *importing) steps() []step {
-	return append([]step{{name: "read_rootfs", do: im.read}, {name: "commit", do: im.commit}}, im.replaceSteps()...)
+	return append(im.readSteps(), im.replaceSteps()...)
+}
+
+// readSteps are taken with the store held against GC, replaceSteps after that.
+func (im *importing) readSteps() []step {
+	return []step{{name: "read_rootfs", do: im.read}, {name: "commit", do: im.commit}}
 }
 
 func (im *importing) replaceSteps() []step {
@@ -88,7 +93,7 @@ func (e *Engine) importBase(ctx context.Context, im *importing) error {
 		return err
 	}
 	if disk.IsZero() {
-		err := e.perform(ctx, OpImport, e.newPhases(), im.steps()[:2])
+		err := e.perform(ctx, OpImport, e.newPhases(), im.readSteps())
 		if err != nil && !im.id.IsZero() {
 			err = errors.Join(err, e.deleteManifest(ctx, im.id))
 		}
