@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -319,7 +320,7 @@ func TestBadHandoversAreRefused(t *testing.T) {
 			if tc.body != nil {
 				body = tc.body(body)
 			}
-			before := countFDs(t)
+			before := openFDs(t)
 			p, err := OpenPeer(r.pid())
 			if err != nil {
 				t.Fatal(err)
@@ -333,8 +334,10 @@ func TestBadHandoversAreRefused(t *testing.T) {
 			}
 			m.Close()
 			p.Close()
-			if n := countFDs(t); n != before {
-				t.Errorf("%d descriptors open, %d before", n, before)
+			for fd, what := range openFDs(t) {
+				if was, ok := before[fd]; !ok || was != what {
+					t.Errorf("descriptor %s, %s, is left open", fd, what)
+				}
 			}
 			if got := r.do("ping"); got != "ok" {
 				t.Errorf("victim says %q", got)
@@ -343,13 +346,23 @@ func TestBadHandoversAreRefused(t *testing.T) {
 	}
 }
 
-func countFDs(t *testing.T) int {
+// openFDs tells what each descriptor of this process is. What a collection
+// of garbage closes meanwhile is no matter; what is new is.
+func openFDs(t *testing.T) map[string]string {
 	t.Helper()
-	e, err := os.ReadDir("/proc/self/fd")
+	const dir = "/proc/self/fd"
+	entries, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return len(e)
+	fds := map[string]string{}
+	for _, e := range entries {
+		what, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err == nil { // else it was the one that read the directory
+			fds[e.Name()] = what
+		}
+	}
+	return fds
 }
 
 func TestVMMThatKeepsNoDescriptorIsRefused(t *testing.T) {

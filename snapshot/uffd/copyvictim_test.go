@@ -303,6 +303,9 @@ func runVictim(t testing.TB, cmd *exec.Cmd) *victimProc {
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		<-v.done
+		// Nobody calls cmd.Wait, which would close them.
+		stdin.Close()
+		stdout.Close()
 	})
 	line, err := v.out.ReadString('\n')
 	if err != nil || line != "ready\n" {
