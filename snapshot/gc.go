@@ -138,39 +138,28 @@ type stray struct {
 }
 
 // mark looks in an order that makes it safe beside commits of this process:
-// first at what exists, then at what is pending, then at the manifests. An
-// image made later is not in the list; one of the list is pending, or its
-// manifest is there to be read, or nobody wants it.
+// first at what exists, then at what is pending, then at the manifests, listed
+// anew. An image made later is not in the list; one of the list is pending, or
+// its manifest is there to be read, or nobody wants it. The same holds for a
+// snapshot without a manifest.
 func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
 	p := &gcPlan{whole: map[format.ID]bool{}, data: map[format.ID]bool{}, named: map[format.ID][]format.ID{}}
 	var err error
 	if p.images, err = s.list(s.imagesDir()); err != nil {
 		return nil, err
 	}
-	snapshots, err := s.list(s.snapshotsDir())
+	existed, err := s.list(s.snapshotsDir())
 	if err != nil {
 		return nil, err
 	}
 	making := s.markLive(p)
-	roots = slices.Clone(roots)
-	for _, id := range snapshots {
-		m, err := s.Manifest(id)
-		if errors.Is(err, ErrNotFound) {
-			if !making[id] {
-				p.snapshots = append(p.snapshots, id)
-			}
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		for _, ref := range m.images() {
-			roots = append(roots, ref.ID)
-			p.named[ref.ID] = append(p.named[ref.ID], id)
-		}
-		p.strays = append(p.strays, stray{id, s.manifestPath(id) + ".tmp"})
+	named, err := s.markManifests(p, func(id format.ID) bool {
+		return slices.Contains(existed, id) && !making[id]
+	})
+	if err != nil {
+		return nil, err
 	}
-	for _, id := range roots {
+	for _, id := range slices.Concat(roots, named) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
@@ -185,6 +174,34 @@ func (s *Store) mark(ctx context.Context, roots []format.ID) (*gcPlan, error) {
 	}
 	s.markCompacted(p)
 	return p, nil
+}
+
+// markManifests reads every manifest and returns the images that they name. Of
+// the snapshots without one, unfinished says which nobody will finish.
+func (s *Store) markManifests(p *gcPlan, unfinished func(format.ID) bool) ([]format.ID, error) {
+	snapshots, err := s.list(s.snapshotsDir())
+	if err != nil {
+		return nil, err
+	}
+	var images []format.ID
+	for _, id := range snapshots {
+		m, err := s.Manifest(id)
+		if errors.Is(err, ErrNotFound) {
+			if unfinished(id) {
+				p.snapshots = append(p.snapshots, id)
+			}
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, ref := range m.images() {
+			images = append(images, ref.ID)
+			p.named[ref.ID] = append(p.named[ref.ID], id)
+		}
+		p.strays = append(p.strays, stray{id, s.manifestPath(id) + ".tmp"})
+	}
+	return images, nil
 }
 
 // markCompacted marks the better layouts of what is needed: a writer whose

@@ -10,6 +10,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 	"git.omukk.dev/wrenn/sandbox/snapshot/snaptest"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 func TestDeletingAParentKeepsTheChild(t *testing.T) {
@@ -107,6 +108,93 @@ func TestGCRemovesNothingWhenItCannotRead(t *testing.T) {
 		_, err = s.GC(bg, nil, false)
 		must(t, err)
 	}
+}
+
+// meanwhileFS calls meanwhile once, at a moment: before and after each
+// operation that finds files is one.
+type meanwhileFS struct {
+	storage.FS
+	at        int
+	moment    int
+	meanwhile func()
+}
+
+func (f *meanwhileFS) pass() {
+	now := f.moment
+	f.moment++
+	if m := f.meanwhile; m != nil && now == f.at {
+		f.meanwhile = nil
+		m()
+	}
+}
+
+func (f *meanwhileFS) Open(name string) (storage.File, error) {
+	f.pass()
+	defer f.pass()
+	return f.FS.Open(name)
+}
+
+func (f *meanwhileFS) ReadDir(name string) ([]string, error) {
+	f.pass()
+	defer f.pass()
+	return f.FS.ReadDir(name)
+}
+
+// A snapshot is committed at every moment of a GC, begun before it or just
+// then: it has its image afterwards.
+func TestGCSparesWhatIsCommittedMeanwhile(t *testing.T) {
+	for _, begun := range []bool{true, false} {
+		for n, called := 0, true; called; n++ {
+			f := &meanwhileFS{FS: snaptest.NewFS(), at: n}
+			called = commitDuringGC(t, f, begun)
+			if !called && n < 8 {
+				t.Fatalf("a GC has %d moments only", n)
+			}
+		}
+	}
+}
+
+// commitDuringGC says whether the GC got as far as the moment of the commit.
+func commitDuringGC(t *testing.T, f *meanwhileFS, begun bool) (called bool) {
+	t.Helper()
+	s := openStore(t, f)
+	w, err := makeImage(s, 4*blockSize, nil, change{data: pages(1, 2)})
+	must(t, err)
+	var txn *Txn
+	if begun {
+		txn, err = s.Begin()
+		must(t, err)
+	}
+	commit := func() {
+		if !begun {
+			txn, err = s.Begin()
+			must(t, err)
+		}
+		must(t, txn.Commit(bg, Manifest{Kind: KindPause, Memory: ImageRef{ID: w.ID()}}))
+		must(t, w.Abort())
+		must(t, txn.Abort())
+	}
+	f.moment, f.meanwhile = 0, func() { called = true; commit() }
+	_, err = s.GC(bg, nil, false)
+	must(t, err)
+	f.meanwhile = nil
+	if !called {
+		commit()
+	}
+	_, err = s.GC(bg, nil, false)
+	must(t, err)
+	img, err := s.OpenImage(w.ID())
+	if err != nil {
+		t.Fatalf("begun before %t, committed at moment %d: %v", begun, f.at, err)
+	}
+	defer img.Close()
+	if !bytes.Equal(readImage(t, img), pages(1, 2, 0, 0)) {
+		t.Fatal("blocks are gone")
+	}
+	if _, err := s.Manifest(txn.ID()); err != nil {
+		t.Fatal(err)
+	}
+	return called
 }
 
 // Readers, writers and GC at once: nobody sees another's work half done.
