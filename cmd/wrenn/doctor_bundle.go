@@ -168,8 +168,13 @@ type journalView struct {
 	} `json:"run,omitempty"`
 }
 
-// manifestView is what a bundle takes of a manifest.
+// manifestView is what a bundle takes of a manifest, which its file wraps.
 type manifestView struct {
+	Version  int          `json:"version"`
+	Manifest manifestBody `json:"manifest"`
+}
+
+type manifestBody struct {
 	ID            string          `json:"id"`
 	Name          string          `json:"name"`
 	Kind          string          `json:"kind"`

@@ -70,14 +70,24 @@ func TestBundleHoldsWhatHelpsAndNoSecret(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Of a sandbox whose journal is gone; its pause keeps it.
+	kept, err := json.Marshal(map[string]any{"access_token": "losttokensecret1", "envs": map[string]string{"A": "lostenvsecret1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pause, err := json.Marshal(map[string]any{"manifest": map[string]any{"kind": "pause", "generation": 7, "annotations": kept}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	dir := t.TempDir()
 	writeFiles(t, dir, map[string]string{
 		"api-key": "wrn_keysecret1\n", "wrenn.db": "dbsecret1", "sandboxes/box/journal.json": string(journal),
 		"sandboxes/box/console.log": "consolesecret1", "sandboxes/box/qemu.log": "qemu says tokensecret1",
 		"sandboxes/torn/journal.json":     `{"access_token": "tornsecret1`,
-		"store/snapshots/s/manifest.json": `{"id":"s","kind":"pause","annotations":"annosecret1","vmm":{"kind":"qemu"}}`,
+		"store/snapshots/s/manifest.json": `{"version":1,"manifest":{"id":"s","kind":"pause","annotations":"annosecret1","vmm":{"kind":"qemu"}}}`,
+		"store/snapshots/p/manifest.json": string(pause),
 		"store/images/i/data":             "datasecret1",
-		"run/pager.log":                   strings.Repeat("old\n", bundleLog) + "the last line, with wrn_keysecret1\n",
+		"run/pager.log":                   strings.Repeat("old\n", bundleLog) + "the last line, with wrn_keysecret1, losttokensecret1 and lostenvsecret1\n",
 	})
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("X-API-Key") != "" || r.URL.Path == "/readyz" {
@@ -92,7 +102,7 @@ func TestBundleHoldsWhatHelpsAndNoSecret(t *testing.T) {
 	}
 	b := readBundle(t, name)
 	for entry, has := range map[string]string{
-		"about.json": version(), "findings.json": `"root"`, "journals/box.json": `"slot": 7`, "manifests/s.json": `"qemu"`,
+		"about.json": version(), "findings.json": `"root"`, "journals/box.json": `"slot": 7`, "manifests/s.json": `"qemu"`, "manifests/p.json": `"generation": 7`,
 		"logs/run-pager.log": "the last line", "logs/sandboxes-box-qemu.log": "qemu says", "files.txt": "store/images/i/data",
 		"metrics.txt": "answer of /metrics", "healthz.json": "answer of /healthz", "host/proc-meminfo": "MemTotal",
 		"missing.txt": "sandboxes/torn/journal.json",

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"git.omukk.dev/wrenn/sandbox/snapshot"
 )
 
 // shortSecret is the length below which a value is not looked for in texts: it
@@ -28,24 +30,23 @@ func secretsOf(dir string) *strings.Replacer {
 	}
 	paths, _ := filepath.Glob(filepath.Join(dir, "sandboxes", "*", "journal.json"))
 	for _, path := range paths {
-		var j struct {
-			Envs        map[string]string `json:"envs"`
-			Annotations []byte            `json:"annotations"`
-			AccessToken string            `json:"access_token"`
-			MachineID   string            `json:"machine_id"`
+		text, err := os.ReadFile(path)
+		if err == nil { // else nothing of it goes into a bundle either
+			hideJournal(text, hide)
+		}
+	}
+	// Pauses keep a journal too.
+	paths, _ = filepath.Glob(filepath.Join(dir, "store", "snapshots", "*", "manifest.json"))
+	for _, path := range paths {
+		var m struct {
+			Manifest struct {
+				Kind        string `json:"kind"`
+				Annotations []byte `json:"annotations"`
+			} `json:"manifest"`
 		}
 		text, err := os.ReadFile(path)
-		if err != nil || json.Unmarshal(text, &j) != nil {
-			continue // nothing of it goes into a bundle either
-		}
-		hide(j.AccessToken)
-		hide(j.MachineID)
-		for _, v := range j.Envs {
-			hide(v)
-		}
-		var notes any
-		if json.Unmarshal(j.Annotations, &notes) == nil {
-			hideStrings(notes, map[string]bool{"template": true, "created_at": true}, hide)
+		if err == nil && json.Unmarshal(text, &m) == nil && m.Manifest.Kind == snapshot.KindPause {
+			hideJournal(m.Manifest.Annotations, hide)
 		}
 	}
 	// The longest first: one may begin with another.
@@ -55,6 +56,27 @@ func secretsOf(dir string) *strings.Replacer {
 		pairs = append(pairs, secret, "[removed]")
 	}
 	return strings.NewReplacer(pairs...)
+}
+
+func hideJournal(text []byte, hide func(string)) {
+	var j struct {
+		Envs        map[string]string `json:"envs"`
+		Annotations []byte            `json:"annotations"`
+		AccessToken string            `json:"access_token"`
+		MachineID   string            `json:"machine_id"`
+	}
+	if json.Unmarshal(text, &j) != nil {
+		return
+	}
+	hide(j.AccessToken)
+	hide(j.MachineID)
+	for _, v := range j.Envs {
+		hide(v)
+	}
+	var notes any
+	if json.Unmarshal(j.Annotations, &notes) == nil {
+		hideStrings(notes, map[string]bool{"template": true, "created_at": true}, hide)
+	}
 }
 
 // hideStrings hides every string in a JSON value but those under some keys.

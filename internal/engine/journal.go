@@ -2,6 +2,7 @@ package engine
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -113,13 +114,23 @@ func writeJournal(dir string, j journal) error {
 	return nil
 }
 
+// errNewerJournal: a newer program wrote the journal. It is not ours to judge.
+var errNewerJournal = errors.New("the journal is of a newer program")
+
+// errDamagedJournal: there is one, and it is none.
+var errDamagedJournal = errors.New("the journal is damaged")
+
 func readJournal(dir string) (journal, error) {
 	var j journal
 	b, err := os.ReadFile(filepath.Join(dir, journalName))
 	if err != nil {
 		return j, fmt.Errorf("read the journal: %w", err)
 	}
-	return decodeJournal(b, filepath.Base(dir))
+	j, err = decodeJournal(b, filepath.Base(dir))
+	if err != nil && !errors.Is(err, errNewerJournal) {
+		err = fmt.Errorf("%w: %w", errDamagedJournal, err)
+	}
+	return j, err
 }
 
 // decodeJournal reads the journal of the sandbox id and refuses what this
@@ -129,8 +140,11 @@ func decodeJournal(b []byte, id string) (journal, error) {
 	if err := json.Unmarshal(b, &j); err != nil {
 		return j, fmt.Errorf("decode the journal: %w", err)
 	}
-	if j.Version < 1 || j.Version > journalVersion {
-		return j, fmt.Errorf("the journal's version is %d; this program knows 1 to %d", j.Version, journalVersion)
+	if j.Version < 1 {
+		return j, fmt.Errorf("the journal's version is %d", j.Version)
+	}
+	if j.Version > journalVersion {
+		return j, fmt.Errorf("%w: its version is %d; this program knows 1 to %d", errNewerJournal, j.Version, journalVersion)
 	}
 	if err := checkID(j.ID); err != nil || j.ID != id {
 		return j, fmt.Errorf("the journal is of %.40q, not of %.40q", j.ID, id)

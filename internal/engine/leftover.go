@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
@@ -15,31 +13,13 @@ import (
 )
 
 // killHolders kills the processes that were started on a sandbox's directory
-// but are in no journal yet. They are known by their command line naming a
-// path inside the directory, which is theirs alone.
-func killHolders(ctx context.Context, dir string, log *slog.Logger) error {
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return fmt.Errorf("list processes: %w", err)
-	}
+// but are in no journal.
+func killHolders(_ context.Context, dir string, log *slog.Logger) error {
 	var errs []error
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == os.Getpid() {
-			continue
-		}
-		fd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			continue
-		}
-		// Read after the pidfd was opened: what it says is of that process.
-		cmdline, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
-		if err == nil && (isVMMOf(string(cmdline), dir) || jailedIn(e.Name(), dir)) {
-			log.Warn("killing a VM process that was never entered", "pid", pid, "dir", dir)
-			errs = append(errs, killPidfd(fd))
-		}
-		unix.Close(fd)
-	}
+	eachHolder(dir, func(pid, pidfd int) {
+		log.Warn("killing a VM process that was never entered", "pid", pid, "dir", dir)
+		errs = append(errs, killPidfd(pidfd))
+	})
 	return errors.Join(errs...)
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -143,11 +144,29 @@ func (e *Engine) addSandbox(spec CreateSpec, src source) (*sandbox, error) {
 
 // removeSandbox removes a sandbox's directory and forgets it.
 func (e *Engine) removeSandbox(sb *sandbox) error {
-	if err := os.RemoveAll(sb.dir); err != nil {
+	if err := removeDir(sb.dir); err != nil {
 		return fmt.Errorf("remove the sandbox's directory: %w", err)
 	}
 	e.forget(sb)
 	return nil
+}
+
+// removeDir has the journal go last: a directory with files and no journal is of
+// a sandbox whose journal was lost.
+func removeDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	for _, f := range entries {
+		if f.Name() == journalName {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(dir, f.Name())); err != nil {
+			return err
+		}
+	}
+	return os.RemoveAll(dir)
 }
 
 func (e *Engine) forget(sb *sandbox) {
@@ -171,6 +190,9 @@ func (e *Engine) Pause(ctx context.Context, id string) (Info, Stats, error) {
 	defer sb.end()
 	old := sb.journal().Manifest
 	cp := e.newCapture(sb, snapshot.KindPause, "")
+	if cp.m.Annotations, err = sb.journal().kept(); err != nil {
+		return Info{}, Stats{}, err
+	}
 	e.storeUse.RLock()
 	err = e.capture(ctx, OpPause, cp, cp.pauseSteps())
 	e.storeUse.RUnlock()
@@ -207,6 +229,22 @@ func (e *Engine) pausedSteps(sb *sandbox, old, memory format.ID) []step {
 		}},
 		step{name: "sweep", do: e.sweep},
 	)
+}
+
+// deletePauses removes every pause of a sandbox: one that stayed would make it a
+// sandbox again.
+func (e *Engine) deletePauses(ctx context.Context, sb *sandbox) error {
+	manifests, _ := e.opts.Store.Manifests()
+	var errs []error
+	if m := sb.journal().Manifest; !m.IsZero() { // it may be damaged, and not in the list
+		errs = append(errs, e.deleteManifest(ctx, m))
+	}
+	for _, m := range manifests {
+		if m.Kind == snapshot.KindPause && m.SandboxID == sb.id() {
+			errs = append(errs, e.deleteManifest(ctx, m.ID))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // deleteManifest removes a manifest that may be gone already.
@@ -314,12 +352,7 @@ func (e *Engine) destroySteps(sb *sandbox) []step {
 		}}},
 		e.releaseSteps(sb, format.ID{}),
 		[]step{
-			{name: "delete_manifest", do: func(ctx context.Context) error {
-				if m := sb.journal().Manifest; !m.IsZero() {
-					return e.deleteManifest(ctx, m)
-				}
-				return nil
-			}},
+			{name: "delete_manifest", do: func(ctx context.Context) error { return e.deletePauses(ctx, sb) }},
 			{name: "remove", do: func(context.Context) error { return e.removeSandbox(sb) }},
 			{name: "sweep", do: e.sweep},
 		})
@@ -438,6 +471,7 @@ func (c *copying) copyState(context.Context) error {
 func (c *copying) commit(ctx context.Context) error {
 	m := c.from
 	m.ID, m.Name, m.Kind, m.CreatedAt = format.ID{}, c.name, snapshot.KindSnapshot, c.e.opts.Now().UTC()
+	m.Annotations = c.sb.journal().Annotations // not the pause's, which are a journal
 	err := c.txn.Commit(ctx, m)
 	if err != nil {
 		return fmt.Errorf("commit the manifest: %w", err)

@@ -14,6 +14,7 @@ import (
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
 
@@ -26,9 +27,19 @@ func (e *Engine) recover(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("list the sandboxes: %w", err)
 	}
+	manifests, _ := e.opts.Store.Manifests() // damaged ones were logged
+	newest := newestPauses(manifests)
 	for _, entry := range entries {
-		if err := e.load(filepath.Join(root, entry.Name())); err != nil {
+		if err := e.load(ctx, filepath.Join(root, entry.Name()), newest); err != nil {
 			return err
+		}
+	}
+	for id, m := range newest { // of those that have not even a directory
+		if _, err := os.Stat(e.sandboxDir(id)); !errors.Is(err, os.ErrNotExist) || checkID(id) != nil {
+			continue
+		}
+		if err := e.enterLost(ctx, id, os.ErrNotExist, &m); err != nil {
+			e.log.Error("a pause cannot be made a sandbox again; it is left as it is", "sandbox", id, "err", err)
 		}
 	}
 	e.mu.Lock()
@@ -49,23 +60,36 @@ func (e *Engine) recover(ctx context.Context) error {
 		return err
 	}
 	e.releaseStrangers(ctx)
-	manifests, _ := e.opts.Store.Manifests() // damaged ones were logged
-	return errors.Join(e.dropSuperseded(ctx, manifests), e.sweep(ctx))
+	var errs []error
+	for _, sb := range all {
+		errs = append(errs, e.goToNewest(sb, newest))
+	}
+	return errors.Join(append(errs, e.dropSuperseded(ctx, manifests), e.sweep(ctx))...)
 }
 
 // load enters the sandbox whose directory it is.
-func (e *Engine) load(dir string) error {
+func (e *Engine) load(ctx context.Context, dir string, newest map[string]snapshot.Manifest) error {
+	id := filepath.Base(dir)
 	j, err := readJournal(dir)
-	if errors.Is(err, os.ErrNotExist) {
-		// Killed between making the directory and the first journal:
-		// nothing was promised.
+	pause, paused := newest[id]
+	switch {
+	case err == nil:
+	case checkID(id) != nil, errors.Is(err, errNewerJournal), !errors.Is(err, os.ErrNotExist) && !errors.Is(err, errDamagedJournal):
+		e.log.Error("a sandbox cannot be taken over; it is left as it is", "dir", dir, "err", err)
+		return nil
+	case !paused && halfMade(dir):
 		if err := os.RemoveAll(dir); err != nil {
 			return fmt.Errorf("remove a half-made sandbox: %w", err)
 		}
 		return nil
-	}
-	if err != nil {
-		e.log.Error("a sandbox cannot be taken over; it is left as it is", "dir", dir, "err", err)
+	default:
+		p := &pause
+		if !paused {
+			p = nil
+		}
+		if err := e.enterLost(ctx, id, err, p); err != nil {
+			e.log.Error("a sandbox whose journal is lost is left as it is", "sandbox", id, "err", err)
+		}
 		return nil
 	}
 	sb := &sandbox{dir: dir, op: make(chan struct{}, 1), j: j}
@@ -138,7 +162,7 @@ func (e *Engine) takeOver(ctx context.Context, sb *sandbox) error {
 	if ad.machine != nil || ad.slot != nil {
 		sb.setRun(ad.run(nil)) // for who clears it, or tries again
 	}
-	sb.unadopted = !errors.Is(err, vmm.ErrGone)
+	sb.unadopted = !errors.Is(err, vmm.ErrGone) && vmLives(sb.journal().Run)
 	if !sb.unadopted {
 		return errors.Join(sb.settle(func(j *journal) {
 			j.State, j.StartedAt = Failed, nil
@@ -153,6 +177,19 @@ func (e *Engine) takeOver(ctx context.Context, sb *sandbox) error {
 		j.State = Failed
 		j.Error = "the VM runs but could not be taken over; it is being tried again"
 	}))
+}
+
+// vmLives tells whether the process that a record names is there. One that
+// cannot be asked for is taken to be.
+func vmLives(rec *runRecord) bool {
+	if rec == nil || rec.VM == nil {
+		return false
+	}
+	p, err := vmm.AdoptProcess(rec.VM.PID, rec.VM.StartTime, rec.VM.BootID)
+	if err == nil {
+		p.Close()
+	}
+	return !errors.Is(err, vmm.ErrGone)
 }
 
 // adopting takes a running VM over. It may stand still in the middle of a
@@ -262,7 +299,7 @@ func (e *Engine) releaseStrangers(ctx context.Context) {
 			continue // nothing that we named
 		}
 		sb, unknown := e.find(id)
-		if unknown == nil && (sb.current() != nil || sb.journal().Run != nil) {
+		if unknown == nil && (sb.current() != nil || sb.journal().Run != nil || sb.stray) {
 			continue
 		}
 		if _, err := os.Stat(e.sandboxDir(id)); err == nil && unknown != nil {

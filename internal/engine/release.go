@@ -48,6 +48,9 @@ func (e *Engine) endVM(ctx context.Context, sb *sandbox) error {
 	r := sb.current()
 	if r == nil || r.machine == nil {
 		rec := sb.journal().Run
+		if rec == nil && sb.stray {
+			rec = &runRecord{} // it is to be found by its directory
+		}
 		if rec == nil {
 			return nil
 		}

@@ -21,6 +21,8 @@ type sandbox struct {
 	unadopted bool
 	// copied: its journal came from another directory, whose VM it names.
 	copied bool
+	// stray: its journal is lost and its VM runs, which cannot be taken over.
+	stray bool
 
 	mu sync.Mutex
 	j  journal

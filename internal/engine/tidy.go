@@ -72,14 +72,18 @@ func (e *Engine) tidy(ctx context.Context, sb *sandbox) error {
 		}
 		manifests, _ := e.opts.Store.Manifests() // damaged ones were logged
 		mine := slices.DeleteFunc(manifests, func(m snapshot.Manifest) bool { return m.SandboxID != sb.id() })
-		return errors.Join(e.release(ctx, sb), e.dropSuperseded(ctx, mine), e.sweep(ctx))
+		if err := e.release(ctx, sb); err != nil {
+			return err
+		}
+		return errors.Join(e.goToNewest(sb, newestPauses(mine)), e.dropSuperseded(ctx, mine), e.sweep(ctx))
 	}
 	return nil
 }
 
 // dropSuperseded removes those of the pauses that a newer one of the same
-// sandbox has taken the place of. A pause whose sandbox is not known is kept:
-// it may be all that is left of it.
+// sandbox has taken the place of. A pause whose sandbox is not known is kept: it
+// may be all that is left of it. So is one that the journal of a sandbox without
+// a run never heard of.
 func (e *Engine) dropSuperseded(ctx context.Context, manifests []snapshot.Manifest) error {
 	var errs []error
 	for _, m := range manifests {
@@ -87,7 +91,11 @@ func (e *Engine) dropSuperseded(ctx context.Context, manifests []snapshot.Manife
 		if m.Kind != snapshot.KindPause || err != nil {
 			continue
 		}
-		if j := sb.journal(); m.ID != j.Manifest && m.ID != j.Pending {
+		j := sb.journal()
+		if older(j, m) && (sb.current() == nil || sb.stray) {
+			continue
+		}
+		if m.ID != j.Manifest && m.ID != j.Pending {
 			errs = append(errs, e.deleteManifest(ctx, m.ID))
 		}
 	}
