@@ -117,8 +117,11 @@ func TestBackupAndRestoreAsTheDocsSay(t *testing.T) {
 		lost := spawn(t, s).ID
 		pause(t, s, lost)
 		s.Kill()
-		if err := os.RemoveAll(filepath.Join(s.Dir, "sandboxes", lost)); err != nil {
-			t.Fatal(err)
+		// Of what the host had of it nothing is left, its pause included.
+		for _, dir := range append(pausesOf(t, s.Dir, lost), filepath.Join(s.Dir, "sandboxes", lost)) {
+			if err := os.RemoveAll(dir); err != nil {
+				t.Fatal(err)
+			}
 		}
 		restart(t, s, running)
 		states(t, s, map[string]string{running: client.StatusRunning, paused: client.StatusPaused, after: client.StatusRunning, lost: client.StatusError})
@@ -146,6 +149,25 @@ func TestBackupAndRestoreAsTheDocsSay(t *testing.T) {
 	if f := sh(t, s, paused, "cat /home/user/f"); f != "after" {
 		t.Errorf("the file holds %q", f)
 	}
+}
+
+// pausesOf finds the directories of a sandbox's pauses.
+func pausesOf(t *testing.T, dir, id string) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "store/snapshots/*/manifest.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, f := range files {
+		if text, err := os.ReadFile(f); err == nil && strings.Contains(string(text), `"kind":"pause","sandbox_id":"`+id+`"`) {
+			out = append(out, filepath.Dir(f))
+		}
+	}
+	if len(out) == 0 {
+		t.Fatalf("%s has no pause", id)
+	}
+	return out
 }
 
 func databaseOf(t *testing.T, dir string) []string {
