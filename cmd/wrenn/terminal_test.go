@@ -20,7 +20,7 @@ import (
 )
 
 // patience bounds every wait; a passing test waits for none of it.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // screen collects what a process writes, and waits for parts of it.
 type screen struct {

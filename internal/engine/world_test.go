@@ -26,7 +26,7 @@ import (
 )
 
 // patience bounds what must come to pass; it is no measure.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // world is a host and the engine that is open on it at present.
 type world struct {

@@ -5,10 +5,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"connectrpc.com/connect"
 
@@ -150,14 +150,11 @@ func TestBigOutput(t *testing.T) {
 func TestBackgroundChild(t *testing.T) {
 	a := confirmed(t)
 	mark := filepath.Join(a.home, "mark")
-	begin := time.Now()
 	r := runAll(t, a.processes(), connect.NewRequest(sh("(while ! test -e "+mark+"; do sleep 0.05; done; echo one; echo two; echo done >"+mark+") & echo started $!")))
 	if r.err != nil || !strings.HasPrefix(r.stdout, "started ") || r.end.GetExitCode() != 0 {
 		t.Fatalf("%+v", r)
 	}
-	if d := time.Since(begin); d > 15*time.Second {
-		t.Errorf("the end took %v", d)
-	}
+	// It ended, and the child still waits for this:
 	writeFile(t, mark, "go")
 	eventually(t, "the child could write", func() bool {
 		b, _ := os.ReadFile(mark)
@@ -165,13 +162,16 @@ func TestBackgroundChild(t *testing.T) {
 	})
 }
 
+var keptAlive = regexp.MustCompile(`^start( keepalive)+ end$`)
+
 func TestKeepalive(t *testing.T) {
 	a := confirmed(t)
 	req := connect.NewRequest(sh("sleep 1.3"))
 	req.Header().Set(keepaliveHeader, "1")
 	r := runAll(t, a.processes(), req)
-	if r.err != nil || strings.Join(r.events, " ") != "start keepalive end" {
-		t.Errorf("%v %v", r.events, r.err)
+	// One a second: on a busy machine it takes longer than it should.
+	if events := strings.Join(r.events, " "); r.err != nil || !keptAlive.MatchString(events) {
+		t.Errorf("%v %v", events, r.err)
 	}
 	req = connect.NewRequest(sh("exit 0"))
 	req.Header().Set(keepaliveHeader, "soon")

@@ -303,7 +303,7 @@ func TestBuildFails(t *testing.T) {
 // await polls the pool's state, for which it reports no event.
 func (p *Pool) await(t *testing.T, cond func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		p.mu.Lock()
 		ok := cond()

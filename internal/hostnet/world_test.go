@@ -139,7 +139,7 @@ func (m *mailbox) until(t testing.TB, sentinel string) []string {
 				return append(got, s)
 			}
 			got = append(got, s)
-		case <-time.After(5 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("%q never arrived; others: %v", sentinel, got)
 		}
 	}
@@ -277,7 +277,7 @@ func (g *guest) plug(t testing.TB, s *Slot) {
 	wg.Go(func() { pump(g.nic, g.tap) })
 	t.Cleanup(func() { g.tap.Close(); g.nic.Close(); wg.Wait() })
 	// A link drops what it is given until the kernel has noticed its carrier.
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for _, ns := range []*os.File{g.ns, s.ns} {
 		for up := false; !up; time.Sleep(time.Millisecond) {
 			must(t, inNetns(s.pool.home, ns, func() error {

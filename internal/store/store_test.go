@@ -194,7 +194,7 @@ func startPostgres(t *testing.T) string {
 	// The server has no event for being ready but that it answers.
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	for range 400 {
+	for range 2400 {
 		if err = db.PingContext(t.Context()); err == nil {
 			return dsn
 		}

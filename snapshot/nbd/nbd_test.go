@@ -272,7 +272,7 @@ func TestParallelRequestsAreBounded(t *testing.T) {
 			c.c.Write(append(header(cmdWrite, 0, i, i*4096, 4096), make([]byte, 4096)...))
 		}
 	}()
-	deadline := time.Now().Add(5 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for { // until as many as may are in the device
 		mu.Lock()
 		n := at
@@ -365,7 +365,7 @@ func TestServeEnds(t *testing.T) {
 			if err != nil {
 				t.Errorf("%s: %v", how, err)
 			}
-		case <-time.After(5 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("%s: Serve goes on", how)
 		}
 		a.wantClosed()

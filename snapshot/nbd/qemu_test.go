@@ -30,7 +30,7 @@ func needTool(t *testing.T, name string) string {
 
 func runTool(t *testing.T, name string, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, needTool(t, name), args...).CombinedOutput()
 	if err != nil {
@@ -109,7 +109,7 @@ func TestQEMUReconnects(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	limit := time.AfterFunc(20*time.Second, func() { cmd.Process.Kill() })
+	limit := time.AfterFunc(time.Minute, func() { cmd.Process.Kill() })
 	defer limit.Stop()
 	out := bufio.NewReader(stdout)
 	until := func(s string) {

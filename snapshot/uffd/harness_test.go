@@ -164,11 +164,11 @@ func (v *victimProc) answer() (string, error) {
 	return strings.TrimSpace(line), err
 }
 
-// do sends a command and gives the answer, or fails the test after 20 s.
+// do sends a command and gives the answer, or fails the test after a minute.
 func (v *victimProc) do(format string, args ...any) string {
 	v.t.Helper()
 	v.send(fmt.Sprintf(format, args...))
-	timer := time.AfterFunc(20*time.Second, func() { v.cmd.Process.Kill() })
+	timer := time.AfterFunc(time.Minute, func() { v.cmd.Process.Kill() })
 	defer timer.Stop()
 	s, err := v.answer()
 	if err != nil {
@@ -188,7 +188,7 @@ func (v *victimProc) wantDead() {
 	v.t.Helper()
 	select {
 	case <-v.done:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		v.t.Fatal("victim still lives")
 	}
 }
@@ -228,7 +228,7 @@ func newTestServer(t testing.TB, o Options) *Server {
 
 func mustInject(t testing.TB, v *victimProc, s *Shared, devFD int) *Attachment {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	start := time.Now()
 	a, err := Inject(ctx, v.pid(), s, devFD)

@@ -193,7 +193,7 @@ func TestReattachRaisesLostFaultsAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.SetReadDeadline(time.Now().Add(10 * time.Second))
+	f.SetReadDeadline(time.Now().Add(time.Minute))
 	b := make([]byte, 64*msgSize)
 	if n, err := f.Read(b); err != nil || n < msgSize {
 		t.Fatalf("read %d bytes of events, %v", n, err)

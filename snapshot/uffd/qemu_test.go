@@ -43,7 +43,7 @@ func TestAttachToQEMU(t *testing.T) {
 			if n := shared.Resident(); n != 0 {
 				t.Logf("QEMU touched %d bytes of guest memory before it was attached", n)
 			}
-			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 			defer cancel()
 			start := time.Now()
 			a, err := Inject(ctx, q.pid, shared, tc.devFD)
@@ -113,7 +113,7 @@ func startQEMU(t *testing.T, bin string, shared *Shared, args []string) *qemu {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	limit := time.AfterFunc(30*time.Second, func() { cmd.Process.Kill() })
+	limit := time.AfterFunc(time.Minute, func() { cmd.Process.Kill() })
 	t.Cleanup(func() {
 		limit.Stop()
 		cmd.Process.Kill()

@@ -14,7 +14,7 @@ func subject(t *testing.T, o Options) vmmtest.Subject {
 	vmmtest.RequireKVM(t)
 	kernel := vmmtest.Vmlinux(t)
 	return vmmtest.Subject{
-		Driver: New(o), Patience: 90 * time.Second,
+		Driver: New(o), Patience: 2 * time.Minute,
 		Boot: vmm.BootArgs{
 			Kernel: kernel, Initrd: vmmtest.Initrd(t), Spec: vmm.Spec{VCPUs: 1, MemoryMB: 128},
 			Cmdline: "mitigations=off",

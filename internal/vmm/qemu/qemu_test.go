@@ -106,7 +106,7 @@ func TestProbeBadBinary(t *testing.T) {
 		"no answer": {script(t, "echo hello"), "says none"},
 		"fails":     {script(t, "echo broken >&2; exit 3"), "broken"},
 	} {
-		if _, err := New(Options{Binary: c.binary}).Probe(limited(t, 5*time.Second)); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, err := New(Options{Binary: c.binary}).Probe(limited(t, time.Minute)); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
 	}
@@ -124,7 +124,7 @@ func TestProbeCache(t *testing.T) {
 	}
 	o := Options{Binary: script(t, `case "$1" in -version) echo QEMU emulator version 7.2.0;; *) echo no such machine >&2; exit 1;; esac`),
 		ProbeKernel: kernel, ProbeCache: cache}
-	info, err := New(o).Probe(limited(t, 20*time.Second))
+	info, err := New(o).Probe(limited(t, time.Minute))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,19 +144,19 @@ func TestProbeCache(t *testing.T) {
 	if err := vmm.SaveVerdict(cache, v); err != nil {
 		t.Fatal(err)
 	}
-	if info, err = New(o).Probe(limited(t, 20*time.Second)); err != nil || info.Accel != vmm.AccelKVM || info.CPUFlagsDigest == "" {
+	if info, err = New(o).Probe(limited(t, time.Minute)); err != nil || info.Accel != vmm.AccelKVM || info.CPUFlagsDigest == "" {
 		t.Errorf("with a cached verdict: %+v, %v", info, err)
 	}
 	// Another kernel asks anew.
 	if err := os.WriteFile(kernel, []byte("two"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if info, err = New(o).Probe(limited(t, 20*time.Second)); err != nil || info.Accel != vmm.AccelTCG {
+	if info, err = New(o).Probe(limited(t, time.Minute)); err != nil || info.Accel != vmm.AccelTCG {
 		t.Errorf("with another kernel: %+v, %v", info, err)
 	}
 	// KVM that was asked for and does not work is an error.
 	o.Accel = AccelKVM
-	if _, err := New(o).Probe(limited(t, 20*time.Second)); err == nil || !strings.Contains(err.Error(), "KVM was asked for") {
+	if _, err := New(o).Probe(limited(t, time.Minute)); err == nil || !strings.Contains(err.Error(), "KVM was asked for") {
 		t.Errorf("-accel kvm: %v", err)
 	}
 }

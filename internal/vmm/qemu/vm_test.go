@@ -14,7 +14,7 @@ func subject(t *testing.T, o Options) vmmtest.Subject {
 	vmmtest.RequireQEMU(t)
 	kernel, _ := vmmtest.Kernel(t)
 	return vmmtest.Subject{
-		Driver: New(o), Patience: 60 * time.Second,
+		Driver: New(o), Patience: 2 * time.Minute,
 		Boot: vmm.BootArgs{
 			Kernel: kernel, Initrd: vmmtest.Initrd(t), Spec: vmm.Spec{VCPUs: 1, MemoryMB: 128},
 		},

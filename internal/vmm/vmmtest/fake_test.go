@@ -11,7 +11,7 @@ import (
 
 func fakeSubject(f *Fake) Subject {
 	return Subject{
-		Driver: f, Patience: 10 * time.Second,
+		Driver: f, Patience: time.Minute,
 		Boot: vmm.BootArgs{Kernel: "/dev/null", Spec: vmm.Spec{VCPUs: 1, MemoryMB: 64, MAC: "02:77:72:00:00:02"}},
 	}
 }

@@ -56,8 +56,8 @@ func StartS3(t testing.TB) S3Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Another process may take the port between our look and the server's: then
-	// the server ends at once, and we try again.
+	// Something may take the port between our look and the server's: then the
+	// server ends at once, and we try again.
 	for range 5 {
 		s, err := startS3(t, bin)
 		if err == nil {
@@ -70,7 +70,11 @@ func StartS3(t testing.TB) S3Server {
 }
 
 func startS3(t testing.TB, bin string) (S3Server, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	// An address of this process's own: the test of another package, which runs
+	// at the same time, cannot come to answer on the same port.
+	pid := os.Getpid()
+	host := net.IPv4(127, byte(64+pid>>16), byte(pid>>8), byte(pid))
+	l, err := net.Listen("tcp", net.JoinHostPort(host.String(), "0"))
 	if err != nil {
 		return S3Server{}, err
 	}
