@@ -4,8 +4,10 @@ package format
 
 import (
 	"math/rand/v2"
+	"runtime"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // processorTime reports, when what it returns is called, the time of processors
@@ -46,6 +48,15 @@ func large(n int) *Header {
 	return h
 }
 
+// decoded returns a header as a store reads it.
+func decoded(b *testing.B, h *Header) *Header {
+	h, err := Decode(mustEncode(b, h))
+	if err != nil {
+		b.Fatal(err)
+	}
+	return h
+}
+
 const manyMappings = 483_000
 
 func BenchmarkDecode(b *testing.B) {
@@ -71,7 +82,7 @@ func BenchmarkEncode(b *testing.B) {
 }
 
 func BenchmarkMerge2000(b *testing.B) {
-	h := large(manyMappings)
+	h := decoded(b, large(manyMappings))
 	step := h.Blocks() / 2000
 	var diff []Extent
 	for i := range uint64(2000) {
@@ -87,18 +98,48 @@ func BenchmarkMerge2000(b *testing.B) {
 	}
 }
 
+// A look-up in places that have nothing to do with each other waits for memory.
+// How long that takes is measured in the same run: chase goes from line to line
+// of more memory than the nearer caches hold, each of which says where the next
+// one is.
 func BenchmarkLookup(b *testing.B) {
-	h := large(manyMappings)
+	h := decoded(b, large(manyMappings))
 	r := rand.New(rand.NewPCG(3, 4))
 	blocks := make([]uint64, 1<<16)
 	for i := range blocks {
 		blocks[i] = r.Uint64N(h.Blocks())
 	}
 	b.ReportAllocs()
-	defer processorTime(b)()
+	used := processorTime(b)
 	i := 0
 	for b.Loop() {
 		h.Lookup(blocks[i&(1<<16-1)])
 		i++
 	}
+	used()
+	lookup := time.Duration(float64(b.Elapsed()) / float64(b.N))
+	b.ReportMetric(float64(h.Mappings.bytes())/manyMappings, "memory-B/mapping")
+	b.ReportMetric(float64(lookup)/float64(chase(r, 64<<20)), "lookup/miss")
+}
+
+// chase returns how long a read of a random line of so much memory takes.
+func chase(r *rand.Rand, size int) time.Duration {
+	type line struct {
+		next *line
+		_    [56]byte
+	}
+	lines := make([]line, size/64)
+	order := r.Perm(len(lines))
+	for i, at := range order {
+		lines[at].next = &lines[order[(i+1)%len(order)]]
+	}
+	const steps = 1 << 20
+	at := &lines[0]
+	start := time.Now()
+	for range steps {
+		at = at.next
+	}
+	d := time.Since(start)
+	runtime.KeepAlive(at)
+	return d / steps
 }

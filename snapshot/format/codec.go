@@ -221,12 +221,12 @@ func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings
 		}
 		return Mappings{}, nil
 	}
-	out := make([]packed, n)
+	l := Mappings{n: int(n), uses: make([]int, len(builds))}
+	p := newPacker(&l)
 	next := make([]uint64, len(builds))
-	uses := make([]int, len(builds))
 	r := [columns]reader{{b: cols[0]}, {b: cols[1]}, {b: cols[2]}, {b: cols[3]}}
 	var end uint64
-	for i := range out {
+	for i := range int(n) {
 		gap, length, build, offset := r[colGap].next(), r[colLength].next(), r[colBuild].next(), r[colOffset].next()
 		if build >= uint64(len(builds)) || gap > MaxBlocks || length >= MaxBlocks {
 			return Mappings{}, rowError(&r, i, gap, length, build, len(builds))
@@ -240,8 +240,8 @@ func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings
 		if !m.fits() {
 			return Mappings{}, offsetError(i, m, builds)
 		}
-		uses[build]++
-		out[i] = m.pack()
+		l.uses[build]++
+		p.add(m)
 	}
 	for i := range r {
 		if r[i].bad {
@@ -251,8 +251,7 @@ func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings
 			return Mappings{}, fieldErr(columnNames[i], "%d bytes are left over", len(r[i].b)-r[i].at)
 		}
 	}
-	l := inLeaves(out)
-	l.uses = uses
+	p.finish()
 	return l, nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
@@ -423,23 +424,51 @@ func TestMergeSharesWhatItKeeps(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const whole = 100_000 * 16 // packed
-	if n := after.TotalAlloc - before.TotalAlloc; n > whole/8 {
+	whole := h.Mappings.bytes()
+	if n := int(after.TotalAlloc - before.TotalAlloc); n > whole/3 {
 		t.Fatalf("%d bytes allocated for one block in an image of %d bytes of mappings", n, whole)
 	}
-	shared := 0
-	for _, leaf := range got.Mappings.leaves {
-		for _, old := range h.Mappings.leaves {
-			if &leaf[0] == &old[0] {
-				shared++
-				break
-			}
-		}
-		if shared > 100 {
-			return
+	old := map[*leaf]bool{}
+	for _, e := range h.Mappings.entries {
+		old[e.leaf] = true
+	}
+	anew := 0
+	for _, e := range got.Mappings.entries {
+		if !old[e.leaf] {
+			anew++
 		}
 	}
-	t.Fatalf("only %d leaves are shared", shared)
+	if anew == 0 || anew > 4 {
+		t.Fatalf("%d leaves of %d are new", anew, len(old))
+	}
+}
+
+// However many merges a list has been through, it takes about as much memory as
+// one made of the same mappings at once.
+func TestLeavesDoNotCrumble(t *testing.T) {
+	h := large(20_000)
+	r := rand.New(rand.NewPCG(5, 5))
+	for g := range byte(150) {
+		var diff []Extent
+		var stored uint64
+		for at := r.Uint64N(2000); at < h.Blocks(); at += 1 + r.Uint64N(4000) {
+			e := Extent{Start: at, Length: min(1+r.Uint64N(4), h.Blocks()-at), Kind: Data, Offset: stored}
+			stored += e.Length + 1
+			diff = append(diff, e)
+			at = e.End()
+		}
+		var err error
+		if h, err = Merge(h, ref(g+100, stored), diff); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var ms []Mapping
+	for _, m := range h.Mappings.All() {
+		ms = append(ms, m)
+	}
+	if got, want := h.Mappings.bytes(), NewMappings(ms...).bytes(); got > 3*want/2 {
+		t.Fatalf("%d mappings take %d bytes after 150 merges, %d when made at once", len(ms), got, want)
+	}
 }
 
 // Merges of merges, never encoded between, equal the oracle: lists that share
@@ -490,16 +519,21 @@ func TestMergesOfMergesEqualOracle(t *testing.T) {
 	})
 }
 
-// What a mapping may be fits into its packed form, to the last value.
+// What mappings may be fits into leaves, to the last value of each field, and
+// is found there.
 func TestPackingKeepsEveryMapping(t *testing.T) {
 	ends := func(limit uint64) []uint64 { return []uint64{0, 1, 255, 256, limit / 3, limit - 2, limit - 1} }
-	for _, start := range ends(MaxBlocks) {
-		for _, length := range ends(MaxBlocks) {
-			for _, build := range ends(MaxBuilds) {
-				for _, offset := range ends(MaxBlocks) {
-					m := Mapping{Start: start, Length: length + 1, Build: uint32(build), Offset: offset}
-					if !m.fits() || m.pack().mapping() != m {
-						t.Fatalf("%+v became %+v", m, m.pack().mapping())
+	for _, before := range []int{0, 1, 2, 20, 70} {
+		for _, start := range ends(MaxBlocks - 200) {
+			for _, length := range ends(MaxBlocks) {
+				for _, build := range ends(MaxBuilds) {
+					for _, offset := range ends(MaxBlocks) {
+						var ms []Mapping
+						for i := range uint64(before) {
+							ms = append(ms, Mapping{Start: i, Length: 1, Build: uint32(i % 3), Offset: i * 5})
+						}
+						last := Mapping{Start: 100 + start, Length: length + 1, Build: uint32(build), Offset: offset}
+						checkPacked(t, append(ms, last))
 					}
 				}
 			}
@@ -512,6 +546,53 @@ func TestPackingKeepsEveryMapping(t *testing.T) {
 		// Validate sees it as it was given.
 		if l := NewMappings(m); l.Len() != 1 || !l.Equal(NewMappings(m)) || l.Equal(NewMappings(Mapping{Length: 1})) {
 			t.Errorf("%+v is not kept", m)
+		}
+	}
+}
+
+// Leaves of every number of rows and every width of a field hold them.
+func TestLeavesOfEveryShape(t *testing.T) {
+	r := rand.New(rand.NewPCG(7, 7))
+	for range 3000 {
+		bits := func(most int) uint64 { return r.Uint64() >> (64 - r.IntN(most+1)) }
+		limit := [4]int{r.IntN(31), r.IntN(37), r.IntN(21), r.IntN(37)}
+		low, at := bits(35), bits(34)
+		var ms []Mapping
+		for range 1 + r.IntN(200) {
+			m := Mapping{Start: at, Length: 1 + bits(limit[1])%(MaxBlocks-1), Build: uint32(bits(limit[2])), Offset: min(low+bits(limit[3]), MaxBlocks-1)}
+			if at += 1 + bits(limit[0]); at >= MaxBlocks {
+				break
+			}
+			ms = append(ms, m)
+		}
+		checkPacked(t, ms)
+	}
+}
+
+// checkPacked checks that a list holds ms, and that Seek finds each.
+func checkPacked(t *testing.T, ms []Mapping) {
+	t.Helper()
+	l := NewMappings(ms...)
+	if l.raw != nil {
+		t.Fatalf("%v is not packed", ms)
+	}
+	n := 0
+	for i, m := range l.All() {
+		if m != ms[i] {
+			t.Fatalf("mapping %d is %+v, want %+v", i, m, ms[i])
+		}
+		n++
+	}
+	if n != len(ms) || l.Len() != n {
+		t.Fatalf("%d mappings, Len says %d, want %d", n, l.Len(), len(ms))
+	}
+	for i, m := range ms {
+		if i+1 < len(ms) && m.End() > ms[i+1].Start {
+			continue // what overlaps is in no valid header
+		}
+		c := l.Seek(m.End() - 1)
+		if got, ok := c.Next(); !ok || got != m {
+			t.Fatalf("sought mapping %d, %+v: found %+v, %v", i, m, got, ok)
 		}
 	}
 }
@@ -545,4 +626,10 @@ func TestLookupInHeaps(t *testing.T) {
 	if _, kind, run := h.Lookup(0); kind != Zero || run != ms[0].Start {
 		t.Fatalf("block 0 is %v, run %d", kind, run)
 	}
+}
+
+// bytes returns the memory that the list takes, leaves shared with others
+// included.
+func (l Mappings) bytes() int {
+	return len(l.entries)*int(unsafe.Sizeof(entry{})+unsafe.Sizeof(leaf{})) + len(l.index)*4
 }

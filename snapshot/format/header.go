@@ -207,13 +207,9 @@ func (h *Header) Lookup(block uint64) (m Mapping, kind Kind, run uint64) {
 	if block >= h.Blocks() {
 		return Mapping{}, Absent, 0
 	}
-	c := h.Mappings.Seek(block)
-	m, ok := c.Next()
+	m, ok, next := h.Mappings.lookup(block, h.Blocks())
 	if !ok {
-		return Mapping{}, Zero, h.Blocks() - block
-	}
-	if m.Start > block {
-		return Mapping{}, Zero, m.Start - block
+		return Mapping{}, Zero, next - block
 	}
 	return m, Data, m.End() - block
 }

@@ -6,14 +6,14 @@ import (
 )
 
 // Mappings is an ordered list of mappings that never changes. It is kept in
-// leaves of some dozen mappings, so that a list made from another by changing
+// leaves of about a dozen mappings, so that a list made from another by changing
 // a few places shares all other leaves with it. A look-up goes from an index of
-// equal parts of the image to the leaf, and reads that from its begin: it costs
-// about two misses of the processor's caches, however long the list is.
+// equal parts of the image to an entry and from there to the leaf, which is one
+// line of the processor's cache: index and entries are a twentieth of a list
+// without packing, and stay in the nearer caches.
 type Mappings struct {
-	starts []uint64 // first block of each leaf
-	leaves [][]packed
-	n      int
+	entries []entry
+	n       int
 	// uses counts, for each build, the mappings that name it; nil: not counted.
 	uses []int
 
@@ -26,91 +26,63 @@ type Mappings struct {
 	raw []Mapping
 }
 
-// Sizes of a leaf, in mappings. A piece shorter than minLeaf is copied rather
-// than shared, so that leaves do not crumble as one merge follows another.
-const (
-	minLeaf = 8
-	newLeaf = 32
-	maxLeaf = 64
-)
+// An entry is a leaf, and its first block.
+type entry struct {
+	start uint64
+	leaf  *leaf
+}
 
-// packed is a mapping in 16 bytes: the limits of a header are just so. From the
-// top, a holds the first block (36 bits) and the upper 28 bits of the length
-// less one, b the other 8 of them, the build (20) and the offset (36).
-type packed struct{ a, b uint64 }
+// minLeaf is how many mappings are packed anew rather than left in a leaf of
+// their own, so that leaves do not crumble as one merge follows another.
+const minLeaf = 8
 
-// fits reports whether pack keeps m whole: Validate refuses all others.
+// fits reports whether a leaf keeps m whole: Validate refuses all others.
 func (m Mapping) fits() bool {
 	return m.Start < MaxBlocks && m.Length-1 < MaxBlocks && m.Build < MaxBuilds && m.Offset < MaxBlocks
-}
-
-func (m Mapping) pack() packed {
-	n := m.Length - 1
-	return packed{a: m.Start<<28 | n>>8, b: n<<56 | uint64(m.Build)<<36 | m.Offset}
-}
-
-func (p packed) start() uint64 { return p.a >> 28 }
-
-func (p packed) mapping() Mapping {
-	return Mapping{
-		Start: p.a >> 28, Length: (p.a<<36>>28 | p.b>>56) + 1,
-		Build: uint32(p.b << 8 >> 44), Offset: p.b << 28 >> 28,
-	}
 }
 
 // NewMappings returns the list of ms. Whether they ascend is for Validate to
 // say.
 func NewMappings(ms ...Mapping) Mappings {
-	ps := make([]packed, len(ms))
 	for i, m := range ms {
-		if !m.fits() {
+		if !m.fits() || i > 0 && m.Start <= ms[i-1].Start {
 			return Mappings{n: len(ms), raw: slices.Clone(ms)}
 		}
-		ps[i] = m.pack()
 	}
-	return inLeaves(ps)
+	l := Mappings{n: len(ms)}
+	p := newPacker(&l)
+	p.addAll(ms)
+	p.finish()
+	return l
 }
 
-// inLeaves returns the list of ps, which it keeps.
-func inLeaves(ps []packed) Mappings {
-	l := Mappings{n: len(ps)}
-	if len(ps) == 0 {
-		return l
-	}
-	leaves := (len(ps) + newLeaf - 1) / newLeaf
-	l.starts = make([]uint64, 0, leaves)
-	l.leaves = make([][]packed, 0, leaves)
-	for len(ps) > 0 {
-		k := min(newLeaf, len(ps))
-		l.starts = append(l.starts, ps[0].start())
-		l.leaves = append(l.leaves, ps[:k:k])
-		ps = ps[k:]
-	}
-	l.makeIndex()
-	return l
+// finish ends the list.
+func (p *packer) finish() {
+	p.flush()
+	p.out.makeIndex()
 }
 
 // makeIndex divides the blocks up to the last leaf into about as many parts as
 // there are leaves. Where mappings lie in heaps a part has many of them, and
 // the search between two entries of the index is a binary one.
 func (l *Mappings) makeIndex() {
-	if len(l.starts) == 0 {
+	if len(l.entries) == 0 {
 		return
 	}
-	last := l.starts[len(l.starts)-1]
+	last := l.entries[len(l.entries)-1].start
 	l.shift = 0
-	for last>>l.shift >= uint64(len(l.starts)) {
+	for last>>l.shift >= uint64(len(l.entries)) {
 		l.shift++
 	}
 	l.index = make([]uint32, last>>l.shift+2)
 	leaf := 0
 	for i := range l.index {
-		for leaf+1 < len(l.starts) && l.starts[leaf+1] <= uint64(i)<<l.shift {
+		for leaf+1 < len(l.entries) && l.entries[leaf+1].start <= uint64(i)<<l.shift {
 			leaf++
 		}
 		l.index[i] = uint32(leaf)
 	}
-	l.index[len(l.index)-1] = uint32(len(l.starts) - 1)
+	l.index[len(l.index)-1] = uint32(len(l.entries) - 1)
 }
 
 // Len returns the number of mappings.
@@ -125,9 +97,10 @@ func (l Mappings) All() iter.Seq2[int, Mapping] {
 			}
 		}
 		i := 0
-		for _, leaf := range l.leaves {
-			for _, p := range leaf {
-				if !yield(i, p.mapping()) {
+		var rows [maxRows]Mapping
+		for _, e := range l.entries {
+			for _, m := range e.unpack(&rows) {
+				if !yield(i, m) {
 					return
 				}
 				i++
@@ -159,72 +132,65 @@ func (l Mappings) Equal(o Mappings) bool {
 // Seek returns a cursor on the first mapping that ends after block. The list
 // must be that of a valid header.
 func (l *Mappings) Seek(block uint64) Cursor {
-	leaf := l.find(block)
-	if leaf < 0 {
+	i := l.find(block)
+	if i < 0 {
 		return Cursor{l: l}
 	}
-	return Cursor{l: l, leaf: leaf, at: searchIn(l.leaves[leaf], block)}
+	return Cursor{l: l, leaf: i, at: l.entries[i].search(block)}
+}
+
+// lookup returns the mapping that holds a block. Where there is none it returns
+// false, and the first block of the next mapping, or limit.
+func (l *Mappings) lookup(block, limit uint64) (m Mapping, ok bool, next uint64) {
+	i := l.find(block)
+	if i >= 0 {
+		e := l.entries[i]
+		h := e.leaf.head()
+		row := e.last(h, block)
+		if m = e.mapping(h, row); m.End() > block {
+			return m, true, 0
+		}
+		if row+1 < h.rows() {
+			return Mapping{}, false, e.at(h, row+1)
+		}
+	}
+	if i+1 < len(l.entries) {
+		limit = l.entries[i+1].start
+	}
+	return Mapping{}, false, limit
 }
 
 // find returns the last leaf that begins at or before block, -1 if none does.
 func (l *Mappings) find(block uint64) int {
-	if len(l.starts) == 0 || block < l.starts[0] {
+	if len(l.entries) == 0 || block < l.entries[0].start {
 		return -1
 	}
 	part := min(block>>l.shift, uint64(len(l.index)-2))
 	from, to := int(l.index[part]), int(l.index[part+1])
-	return from + lastFrom(l.starts[from:to+1], block)
+	return from + lastFrom(l.entries[from:to+1], block)
 }
 
 // leafFrom is find for a block that is not before leaf from, by searching.
 func (l *Mappings) leafFrom(block uint64, from int) int {
-	return from + lastFrom(l.starts[from:], block)
+	return from + lastFrom(l.entries[from:], block)
 }
 
-// lastFrom returns the last of the ascending starts that is at most block; the
-// first one is.
-func lastFrom(starts []uint64, block uint64) int {
+// lastFrom returns the last of the ascending entries that starts at or before
+// block; the first one does.
+func lastFrom(entries []entry, block uint64) int {
 	// By hand, and in a form that compiles to conditional moves: a branch per
 	// step is mispredicted half of the time, and this is the hot path of every
 	// page fault.
 	at := 0
-	for n := len(starts); n > 1; {
+	for n := len(entries); n > 1; {
 		half := n >> 1
 		next := at + half
-		if starts[next] <= block {
+		if entries[next].start <= block {
 			at = next
 		}
 		n -= half
 	}
 	return at
-}
-
-// searchIn returns the index of the first mapping of a leaf that ends after
-// block, or its length.
-func searchIn(ps []packed, block uint64) int {
-	n := startingIn(ps, block)
-	if n > 0 && ps[n-1].mapping().End() > block {
-		return n - 1
-	}
-	return n
-}
-
-// startingIn counts the mappings that start at or before a block: first the
-// whole groups of eight that do, then in the group where it ends. It looks at
-// all it may need without a branch, so that the processor fetches the lines at
-// once where a search would wait for one after the other.
-func startingIn(ps []packed, block uint64) int {
-	const group = 8
-	n := uint64(0)
-	for i := group - 1; i < len(ps); i += group {
-		n += (ps[i].start() - block - 1) >> 63
-	}
-	n *= group
-	rest := ps[n:]
-	for i := range rest[:min(group, len(rest))] {
-		n += (rest[i].start() - block - 1) >> 63
-	}
-	return int(n)
 }
 
 // Cursor is a place in Mappings. It is a small value; copying it is a bookmark.
@@ -235,20 +201,16 @@ type Cursor struct {
 
 // Next returns the mapping at the cursor and moves on; false at the end.
 func (c *Cursor) Next() (Mapping, bool) {
-	for c.leaf < len(c.l.leaves) {
-		leaf := c.l.leaves[c.leaf]
-		if c.at < len(leaf) {
-			p := leaf[c.at]
+	for c.leaf < len(c.l.entries) {
+		e := c.l.entries[c.leaf]
+		if h := e.leaf.head(); c.at < h.rows() {
 			c.at++
-			return p.mapping(), true
+			return e.mapping(h, c.at-1), true
 		}
 		c.leaf, c.at = c.leaf+1, 0
 	}
 	return Mapping{}, false
 }
-
-// peek returns what Next would.
-func (c Cursor) peek() (Mapping, bool) { return c.Next() }
 
 // counted returns how many mappings name each of so many builds, in a copy.
 func (l Mappings) counted(builds int) []int {

@@ -100,24 +100,27 @@ func checkDiff(blocks uint64, build BuildRef, diff []Extent) error {
 // merger makes a list of mappings from another, which it walks along.
 type merger struct {
 	base *Mappings
-	at   Cursor // first mapping of base that is not dealt with
+	// The first mapping of base that is not dealt with.
+	leaf, at int
+	rows     []Mapping // of that leaf, once it is unpacked
+	buf      [maxRows]Mapping
 	// rest is what an extent left of the last mapping that it covered.
 	rest    Mapping
 	hasRest bool
 
 	out  Mappings
-	slab []packed // own mappings; those from open on are in no leaf yet
-	open int
+	pack packer
+	// last is taken, but not packed: what comes may lengthen it.
+	last    Mapping
+	hasLast bool
 }
 
 func newMerger(base *Mappings, builds, extents int) *merger {
-	g := &merger{base: base, at: Cursor{l: base}}
+	g := &merger{base: base}
 	g.out.uses = base.counted(builds)
-	// An extent ends one leaf, begins another, and may cut a third in two.
-	leaves := len(base.leaves) + 2*extents + 1
-	g.out.starts = make([]uint64, 0, leaves)
-	g.out.leaves = make([][]packed, 0, leaves)
-	g.slab = make([]packed, 0, 4*extents+1)
+	// An extent takes one leaf apart, which may become three.
+	g.out.entries = make([]entry, 0, len(base.entries)+2*extents+1)
+	g.pack = packer{out: &g.out, expect: 2 * minLeaf * extents}
 	return g
 }
 
@@ -136,18 +139,40 @@ func (g *merger) until(block uint64) {
 		g.hasRest = false
 	}
 	g.share(block)
-	if m, ok := g.at.peek(); ok && m.Start < block {
-		g.take()
+	if m, ok := g.next(); ok && m.Start < block {
+		g.take(m)
 		g.rest, g.hasRest = tail(m, block), true
 		m.Length = block - m.Start
 		g.add(m)
 	}
 }
 
-// take moves past a mapping that is not taken over as it is.
-func (g *merger) take() {
-	m, _ := g.at.Next()
+// next returns the first mapping of base that is not dealt with.
+func (g *merger) next() (Mapping, bool) {
+	if g.leaf < len(g.base.entries) && g.at == g.base.entries[g.leaf].leaf.head().rows() {
+		g.move(g.leaf + 1)
+	}
+	if g.leaf == len(g.base.entries) {
+		return Mapping{}, false
+	}
+	return g.unpacked()[g.at], true
+}
+
+// take moves past that mapping, which is not taken over as it is.
+func (g *merger) take(m Mapping) {
+	g.at++
 	g.out.uses[m.Build]--
+}
+
+// move goes to the begin of a leaf.
+func (g *merger) move(leaf int) { g.leaf, g.at, g.rows = leaf, 0, nil }
+
+// unpacked returns the mappings of the leaf that the merger is at.
+func (g *merger) unpacked() []Mapping {
+	if g.rows == nil {
+		g.rows = g.base.entries[g.leaf].unpack(&g.buf)
+	}
+	return g.rows
 }
 
 // skip leaves out what base has before a block.
@@ -162,11 +187,11 @@ func (g *merger) skip(block uint64) {
 		g.hasRest = false
 	}
 	for {
-		m, ok := g.at.peek()
+		m, ok := g.next()
 		if !ok || m.Start >= block {
 			return
 		}
-		g.take()
+		g.take(m)
 		if m.End() > block {
 			g.rest, g.hasRest = tail(m, block), true
 			return
@@ -176,37 +201,49 @@ func (g *merger) skip(block uint64) {
 
 // share takes over the mappings of base that end at or before a block.
 func (g *merger) share(block uint64) {
-	if g.at.leaf >= len(g.base.leaves) {
+	if g.leaf == len(g.base.entries) {
 		return
 	}
 	// The last leaf of which some, but perhaps not all, is before the block.
-	last := g.base.leafFrom(block, g.at.leaf)
-	if first := g.at.leaf; first < last {
-		g.piece(g.base.leaves[first][g.at.at:])
-		if whole := first + 1; whole < last {
-			g.close(0)
-			g.out.starts = append(g.out.starts, g.base.starts[whole:last]...)
-			g.out.leaves = append(g.out.leaves, g.base.leaves[whole:last]...)
-		}
-		g.at.leaf, g.at.at = last, 0
+	last := g.base.leafFrom(block, g.leaf)
+	if g.leaf < last && g.at > 0 {
+		g.restOfLeaf()
 	}
-	leaf := g.base.leaves[last]
-	end := g.at.at + searchIn(leaf[g.at.at:], block)
-	g.piece(leaf[g.at.at:end:end])
-	g.at.at = end
+	// A few mappings do not become a leaf of their own, but are packed with the
+	// next one's. Only one: the shift would go on to the end of the list.
+	if g.leaf < last && g.pack.few() {
+		g.restOfLeaf()
+	}
+	if g.leaf < last {
+		g.whole(last)
+	}
+	leaf := g.base.entries[last]
+	if end := leaf.search(block); g.at == 0 && end == leaf.leaf.head().rows() {
+		g.whole(last + 1)
+	} else {
+		g.part(end)
+	}
 }
 
-// piece takes over a part of a leaf.
-func (g *merger) piece(ps []packed) {
-	if len(ps) < minLeaf {
-		for _, p := range ps {
-			g.push(p)
-		}
-		return
+// whole takes over leaves as they are, from the merger's, of which nothing has
+// been taken, up to another.
+func (g *merger) whole(end int) {
+	g.close()
+	g.out.entries = append(g.out.entries, g.base.entries[g.leaf:end]...)
+	g.move(end)
+}
+
+// part takes over mappings of the merger's leaf, up to another.
+func (g *merger) part(end int) {
+	for rows := g.unpacked(); g.at < end; g.at++ {
+		g.push(rows[g.at])
 	}
-	g.close(0)
-	g.out.starts = append(g.out.starts, ps[0].start())
-	g.out.leaves = append(g.out.leaves, ps)
+}
+
+// restOfLeaf takes over the merger's leaf, from where it is.
+func (g *merger) restOfLeaf() {
+	g.part(len(g.unpacked()))
+	g.move(g.leaf + 1)
 }
 
 // add takes a new mapping, or lengthens the last one when it continues that
@@ -214,47 +251,36 @@ func (g *merger) piece(ps []packed) {
 // enough. Mappings of base that did not join there do not join here, so only
 // the last new one can.
 func (g *merger) add(m Mapping) {
-	if len(g.slab) > g.open {
-		l := g.slab[len(g.slab)-1].mapping()
-		if l.Build == m.Build && l.End() == m.Start && l.Offset+l.Length == m.Offset {
-			l.Length += m.Length
-			g.slab[len(g.slab)-1] = l.pack()
-			return
-		}
-	}
-	g.out.uses[m.Build]++
-	g.push(m.pack())
-}
-
-func (g *merger) push(p packed) {
-	if len(g.slab) == cap(g.slab) {
-		// Closed leaves keep the old slab.
-		next := make([]packed, 0, max(cap(g.slab), 2*maxLeaf))
-		g.slab, g.open = append(next, g.slab[g.open:]...), 0
-	}
-	g.slab = append(g.slab, p)
-	if len(g.slab)-g.open > maxLeaf {
-		g.close(1) // the last one may still be joined
-	}
-}
-
-// close makes a leaf of the open mappings but the last keep.
-func (g *merger) close(keep int) {
-	end := len(g.slab) - keep
-	if end <= g.open {
+	if l := &g.last; g.hasLast && l.Build == m.Build && l.End() == m.Start && l.Offset+l.Length == m.Offset {
+		l.Length += m.Length
 		return
 	}
-	g.out.starts = append(g.out.starts, g.slab[g.open].start())
-	g.out.leaves = append(g.out.leaves, g.slab[g.open:end:end])
-	g.open = end
+	g.out.uses[m.Build]++
+	g.push(m)
+}
+
+func (g *merger) push(m Mapping) {
+	if g.hasLast {
+		g.pack.add(g.last)
+	}
+	g.last, g.hasLast = m, true
+}
+
+// close ends the open leaf.
+func (g *merger) close() {
+	if g.hasLast {
+		g.pack.add(g.last)
+		g.hasLast = false
+	}
+	g.pack.flush()
 }
 
 func (g *merger) finish() Mappings {
-	g.close(0)
+	g.close()
 	for _, u := range g.out.uses {
 		g.out.n += u
 	}
-	g.out.makeIndex()
+	g.pack.finish()
 	return g.out
 }
 
@@ -286,11 +312,12 @@ func (h *Header) dropUnused() {
 	if first == len(renumber)-1 {
 		return // the last one: no number changes
 	}
-	ps := make([]packed, 0, h.Mappings.n)
+	l := Mappings{n: h.Mappings.n, uses: keptUses}
+	p := newPacker(&l)
 	for _, m := range h.Mappings.All() {
 		m.Build = renumber[m.Build]
-		ps = append(ps, m.pack())
+		p.add(m)
 	}
-	h.Mappings = inLeaves(ps)
-	h.Mappings.uses = keptUses
+	p.finish()
+	h.Mappings = l
 }
