@@ -35,6 +35,7 @@ func (s *Server) serveCopy(v *served, buf []byte, off int64) error {
 	}
 	if kind == format.Zero || v.pages.has(off) {
 		v.counters.zeroFaults.Add(1)
+		v.arrived(off)
 		return v.zeroPrivate(r, off)
 	}
 	size := int64(s.o.ClusterSize)
@@ -79,6 +80,9 @@ func (v *served) fillPrivate(r *Region, buf []byte, start, end, fault int64) (fi
 				}
 			}
 			if err == nil {
+				if fault >= p && fault < p+run {
+					v.arrived(fault)
+				}
 				n, err := v.put(r, b, p)
 				filled += n
 				if err != nil {

@@ -120,6 +120,7 @@ func (s *Server) serve(v *served, buf []byte, off int64) error {
 	}
 	if kind == format.Zero {
 		v.counters.zeroFaults.Add(1)
+		v.arrived(off)
 		return v.zeroRun(off, int64(s.o.ClusterSize))
 	}
 	start := off &^ (int64(s.o.ClusterSize) - 1)
@@ -135,6 +136,7 @@ func (s *Server) serve(v *served, buf []byte, off int64) error {
 		v.counters.dataFaults.Add(1)
 		v.counters.bytesFilled.Add(uint64(filled))
 	}
+	v.arrived(off)
 	return wake(v.fd, v.rec.Addr+uintptr(start), n)
 }
 

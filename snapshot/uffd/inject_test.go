@@ -80,12 +80,30 @@ func TestTracerDiesHoldingAThread(t *testing.T) {
 	if got := v.do("ping"); got != "ok" {
 		t.Fatalf("seized and never changed, the victim says %q", got)
 	}
+	untraced(t, v.pid())
 	onDyingThread(func() {
 		if _, err := seize(context.Background(), proc, v.pid()); err != nil {
 			t.Error(err)
 		}
 	})
 	v.wantDead()
+}
+
+// untraced waits until a process has no tracer any more: onDyingThread returns
+// before its thread has ended, which has no event.
+func untraced(t *testing.T, pid int) {
+	t.Helper()
+	for range 60000 {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(b), "\nTracerPid:\t0\n") {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+	t.Fatal("the tracer does not end")
 }
 
 func TestInjectUnderSignals(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/bits"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -76,7 +77,8 @@ type served struct {
 	mu      sync.Mutex
 	touched []uint64 // bit per cluster
 	order   []uint32
-	parked  []job // faults to try again
+	coming  []int64 // pages that somebody will wake who waits for them now
+	parked  []job   // faults to try again
 	spare   []job
 	ended   bool // the reader is gone
 }
@@ -283,13 +285,8 @@ func (v *served) take() (int, error) {
 }
 
 func (s *Server) enqueue(v *served, b []byte) {
-	// Threads of a VM often wait for one page: waking it once is enough for
-	// all whose events have been read.
-	var seen [batch]int64
-	pages := seen[:0]
 	changed := false
 	var last job // not handed on yet
-next:
 	for ; len(b) >= msgSize; b = b[msgSize:] {
 		if v.pages != nil && b[0] == eventRemove {
 			changed = true // noted as it was read
@@ -301,13 +298,10 @@ next:
 			continue
 		}
 		v.counters.faults.Add(1)
-		for _, p := range pages {
-			if p == off {
-				v.counters.hits.Add(1)
-				continue next
-			}
+		if !v.expect(off) {
+			v.counters.hits.Add(1)
+			continue
 		}
-		pages = append(pages, off)
 		v.inflight.Add(1)
 		if last.v != nil {
 			s.queue <- last
@@ -319,6 +313,30 @@ next:
 	}
 	if last.v != nil {
 		s.serveHere(last)
+	}
+}
+
+// expect notes that a page is to be brought. It is false when that has been
+// noted before: threads of a VM often wait for one page, and a signal to a
+// waiting thread has it raise its fault again. Waking once is enough for all
+// whose events have been read, and no number of them keeps the workers busy.
+func (v *served) expect(off int64) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if slices.Contains(v.coming, off) {
+		return false
+	}
+	v.coming = append(v.coming, off)
+	return true
+}
+
+// arrived is due before those are woken who wait for a page: a fault that is
+// raised from then on may miss that.
+func (v *served) arrived(off int64) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if i := slices.Index(v.coming, off); i >= 0 {
+		v.coming = slices.Delete(v.coming, i, i+1)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -247,22 +248,74 @@ func TestSlowPagesAreLeftToWorkers(t *testing.T) {
 	needRoot(t)
 	img := &testImage{size: 4 << 20}
 	gate := make(chan struct{})
+	open := sync.OnceFunc(func() { close(gate) })
 	var first, others atomic.Int64
 	first.Store(-1)
 	img.fail = func(off, _ int64) error {
 		if first.CompareAndSwap(-1, off) {
 			<-gate // until four other clusters have been read
 		} else if others.Add(1) == 4 {
-			close(gate)
+			open()
 		}
 		return nil
 	}
 	shared := newTestShared(t, img)
 	srv := newTestServer(t, Options{Workers: 2})
+	t.Cleanup(open) // a server with a fault at work would not close
 	v := startVictim(t, shared, victimOptions{})
 	mustAdd(t, srv, "v", mustInject(t, v, shared, -1))
 	srv.served["v"].pace(2 * slowFault)
 	v.do("touch 2")
+	v.wantSum(img.content())
+}
+
+// A signal to a thread that waits for a page has it raise the fault again. That
+// keeps no further worker busy, and does not fill the queue.
+func TestFaultRaisedAgainIsServedOnce(t *testing.T) {
+	needRoot(t)
+	img := &testImage{size: 4 << 20}
+	reading, gate := make(chan struct{}), make(chan struct{})
+	open := sync.OnceFunc(func() { close(gate) })
+	var first atomic.Bool
+	img.fail = func(int64, int64) error {
+		if first.CompareAndSwap(false, true) {
+			close(reading)
+			<-gate
+		}
+		return nil
+	}
+	shared := newTestShared(t, img)
+	srv := newTestServer(t, Options{Workers: 2})
+	t.Cleanup(open)
+	v := startVictim(t, shared, victimOptions{})
+	a := mustInject(t, v, shared, -1)
+	mustAdd(t, srv, "v", a)
+	sv := srv.served["v"]
+	sv.pace(2 * slowFault)
+	v.send("peek 0")
+	<-reading
+	msg := make([]byte, msgSize)
+	msg[0] = eventPagefault
+	binary.NativeEndian.PutUint64(msg[16:], uint64(a.rec.Addr))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for range 2 * cap(srv.queue) {
+			srv.enqueue(sv, msg)
+		}
+	}()
+	select {
+	case <-ended:
+	case <-time.After(time.Minute):
+		t.Error("the queue is full of one page")
+	}
+	if n := len(srv.queue); n != 0 {
+		t.Errorf("%d faults for a page that is coming wait in the queue", n)
+	}
+	open()
+	if s, err := v.answer(); s != fmt.Sprint(img.content()[0]) {
+		t.Errorf("the page reads %q, %v", s, err)
+	}
 	v.wantSum(img.content())
 }
 
