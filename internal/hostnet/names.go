@@ -158,12 +158,28 @@ func (r *resolver) serve() {
 func parseQuery(b []byte) (dnsmessage.Header, dnsmessage.Question, bool) {
 	var p dnsmessage.Parser
 	h, err := p.Start(b)
-	if err != nil || h.Response {
+	if err != nil || h.Response || !plainName(b[headerLen:]) {
 		return h, dnsmessage.Question{}, false
 	}
 	q, err := p.Question()
 	return dnsmessage.Header{ID: h.ID, Response: true, OpCode: h.OpCode,
 		RecursionDesired: h.RecursionDesired, RecursionAvailable: true}, q, err == nil
+}
+
+// headerLen is the length of a message's header; the question follows.
+const headerLen = 12
+
+// plainName says whether a name stands there whole. A pointer in a query's
+// name can lead to its header only, and would have the answer be longer.
+func plainName(b []byte) bool {
+	for len(b) > 0 && b[0] != 0 {
+		n := int(b[0])
+		if n > 63 || n >= len(b) {
+			return false
+		}
+		b = b[1+n:]
+	}
+	return len(b) > 0
 }
 
 // judge says what becomes of a query; of those that succeed the ones for IPv4

@@ -249,6 +249,7 @@ func FuzzQuery(f *testing.F) {
 	f.Add(query(f, "a.test", dnsmessage.TypeA))
 	f.Add(query(f, strings.Repeat("a.", 100)+"test", dnsmessage.TypeAAAA))
 	f.Add([]byte{0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0xc0, 12, 0, 1, 0, 1})
+	f.Add([]byte("\x0c00000000000\xc0\x000000")) // its name is the header
 	f.Fuzz(func(t *testing.T, datagram []byte) {
 		h, q, ok := parseQuery(datagram)
 		if !ok {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -285,7 +286,7 @@ func TestHostilePeerIsKilled(t *testing.T) {
 			}
 			mustAdd(t, srv, "v", a)
 			r.send(tc.do)
-			r.send("touch 1")
+			_, _ = io.WriteString(r.stdin, "touch 1\n") // it may be dead already
 			r.wantDead()
 			if err := <-reports; !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("reported %v", err)
