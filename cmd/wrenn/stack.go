@@ -24,6 +24,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/gen/hostagent/v1/hostagentv1connect"
 	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
 	"git.omukk.dev/wrenn/sandbox/internal/httpapi"
+	"git.omukk.dev/wrenn/sandbox/internal/localca"
 	"git.omukk.dev/wrenn/sandbox/internal/pager"
 	"git.omukk.dev/wrenn/sandbox/internal/store"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
@@ -128,8 +129,13 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	if err != nil {
 		return err
 	}
+	ca, err := localca.OpenEgress(filepath.Join(o.dir, "egress-ca"), time.Now)
+	if err != nil {
+		return err
+	}
 	e, err := engine.New(ctx, engine.Options{
-		Disks: disks, Dir: o.dir, Store: snapshots, Driver: driver, Network: engine.HostNetwork(pool), Pager: keeper.Client(),
+		Disks: disks, Dir: o.dir, Store: snapshots, Driver: driver, Pager: keeper.Client(),
+		Network: engine.HostNetwork(pool, ca, s.log), Authority: ca,
 		MemoryLimitMB: o.memoryLimit, VCPULimit: o.vcpuLimit, MinFreeDisk: lowWater(o),
 		Cmdline: "wrenn.dns=" + o.dns, Logger: s.log, AfterStep: killAfter(),
 	})

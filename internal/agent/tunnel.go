@@ -114,7 +114,14 @@ func egressOf(e *agentv1.Egress) *engine.Egress {
 	if e == nil {
 		return nil
 	}
-	return &engine.Egress{DenyInternet: e.DenyInternet, Allow: e.Allow, Deny: e.Deny}
+	out := &engine.Egress{DenyInternet: e.DenyInternet, Allow: e.Allow, Deny: e.Deny}
+	for host, h := range e.Headers {
+		if out.Headers == nil {
+			out.Headers = map[string]map[string]string{}
+		}
+		out.Headers[host] = h.GetSet()
+	}
+	return out
 }
 
 // SetSandboxEgress implements hostagent.v1.

@@ -58,9 +58,10 @@ var rules = map[string]rule{
 	"internal/vmm/vmmtest":       with(append([]string{"github.com/cavaliergopher/cpio"}, sys...), "internal/vmm", "internal/template"),
 	"internal/vmm/vmmtest/":      with(sys),
 	"internal/hostnet":           free(),
+	"internal/egress":            with([]string{"golang.org/x/net"}, "internal/hostnet"),
 	"internal/pager":             with(append([]string{"connectrpc.com/connect"}, sys...), "snapshot/", "internal/vmm", "internal/gen/pager/"),
-	"internal/engine":            with(append([]string{"connectrpc.com/connect", "golang.org/x/sync"}, sys...), "snapshot/", "internal/vmm", "internal/hostnet", "internal/pager", "internal/gen/"),
-	"internal/engine/enginetest": free("internal/engine", "internal/vmm/", "internal/hostnet", "snapshot/", "internal/gen/"),
+	"internal/engine":            with(append([]string{"connectrpc.com/connect", "golang.org/x/sync"}, sys...), "snapshot/", "internal/vmm", "internal/hostnet", "internal/pager", "internal/gen/", "internal/egress", "internal/localca"),
+	"internal/engine/enginetest": free("internal/engine", "internal/vmm/", "internal/hostnet", "internal/localca", "snapshot/", "internal/gen/"),
 
 	"internal/agent":         free("internal/engine", "snapshot", "internal/gen/"),
 	"internal/control":       free("internal/gen/hostagent/"),

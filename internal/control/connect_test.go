@@ -143,6 +143,22 @@ func TestEgressIsCheckedAndKept(t *testing.T) {
 	if e := f.host.Egress(sb.ID); e == nil || e.Deny[0] != "0.0.0.0/0" {
 		t.Errorf("on the host: %+v", e)
 	}
+	for _, c := range []struct {
+		host, name, value, want string
+	}{
+		{"192.0.2.1", "X", "v", "host names"}, {"*", "X", "v", "name such as"}, {"com", "X", "v", "name such as"}, {"a.example", "a b", "v", "name of a header"},
+		{"a.example", "host", "v", "delivered"}, {"a.example", "X", "v\nw", "characters"}, {"a.example", "X", "Bearer ${e2b.identity.tokens.aws}", "placeholder"},
+		{"a.example", "X", strings.Repeat("v", 65<<10), "65536 bytes"},
+	} {
+		_, err := f.SetEgress(t.Context(), sb.ID, &control.Egress{Rules: map[string][]control.EgressRule{c.host: {{Headers: map[string]string{c.name: c.value}}}}})
+		if control.CodeOf(err) != control.CodeInvalid || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), "rules") {
+			t.Errorf("%s %s: %v", c.host, c.name, err)
+		}
+	}
+	twice := map[string][]control.EgressRule{"a.example": nil, "A.example": nil}
+	if _, err := f.SetEgress(t.Context(), sb.ID, &control.Egress{Rules: twice}); control.CodeOf(err) != control.CodeInvalid {
+		t.Errorf("a host in two spellings: %v", err)
+	}
 	f.host.Fail("egress", controltest.Err(control.CodeInternal, "no"))
 	if _, err := f.SetEgress(t.Context(), sb.ID, nil); err == nil {
 		t.Error("a host's refusal was hidden")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"sync"
@@ -22,7 +23,18 @@ func egressOf(e *Egress) *hostagentv1.Egress {
 	if e == nil {
 		return nil
 	}
-	return &hostagentv1.Egress{DenyInternet: e.Internet != nil && !*e.Internet, Allow: e.Allow, Deny: e.Deny}
+	out := &hostagentv1.Egress{DenyInternet: e.Internet != nil && !*e.Internet, Allow: e.Allow, Deny: e.Deny}
+	for host, rules := range e.Rules {
+		if out.Headers == nil {
+			out.Headers = map[string]*hostagentv1.Headers{}
+		}
+		set := map[string]string{}
+		for _, r := range rules {
+			maps.Copy(set, r.Headers)
+		}
+		out.Headers[host] = &hostagentv1.Headers{Set: set}
+	}
+	return out
 }
 
 func (h *hostClient) SetEgress(ctx context.Context, id string, e *Egress) error {

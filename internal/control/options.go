@@ -3,6 +3,7 @@ package control
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"maps"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -43,6 +44,15 @@ type Egress struct {
 	// below it. Names need all else denied.
 	Allow []string `json:"allow,omitempty"`
 	Deny  []string `json:"deny,omitempty"`
+	// Rules change the guest's requests to hosts: those of a name, or of all
+	// names below one. They open nothing. Their headers are secrets.
+	Rules map[string][]EgressRule `json:"rules,omitempty"`
+}
+
+// EgressRule is what is done with a request.
+type EgressRule struct {
+	// Headers are set, in place of those of the same name.
+	Headers map[string]string `json:"headers,omitempty"`
 }
 
 func (e *Egress) clone() *Egress {
@@ -51,6 +61,14 @@ func (e *Egress) clone() *Egress {
 	}
 	c := *e
 	c.Allow, c.Deny = slices.Clone(e.Allow), slices.Clone(e.Deny)
+	c.Rules = maps.Clone(e.Rules)
+	for host, rules := range c.Rules {
+		rules = slices.Clone(rules)
+		for i := range rules {
+			rules[i].Headers = maps.Clone(rules[i].Headers)
+		}
+		c.Rules[host] = rules
+	}
 	return &c
 }
 
@@ -80,6 +98,9 @@ func (e *Egress) validate() error {
 			}
 			l.list[i] = p.String()
 		}
+	}
+	if err := e.validateRules(); err != nil {
+		return err
 	}
 	return e.validateNames()
 }

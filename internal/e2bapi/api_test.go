@@ -201,7 +201,7 @@ func TestBadInputNamesItsField(t *testing.T) {
 		{"POST", "/v2/sandboxes", `{"templateID":"base","mcp":{"a":1}}`, "mcp"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","iam":{"tokens":{"a":1}}}`, "iam"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","volumeMounts":[{"name":"v","path":"/v"}]}`, "volumeMounts"},
-		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"rules":{"a":[]}}}`, "network.rules"},
+		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"rules":{"a":[]}}}`, "rules"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"allowOut":["a.example"]}}`, "allowOut"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"denyOut":["::/0"]}}`, "denyOut"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPause":true,"autoPauseMemory":false,"autoResume":{"enabled":true}}`, "autoResume"},
@@ -361,6 +361,13 @@ func TestSnapshotsForksAndNetwork(t *testing.T) {
 	e := s.host.Egress(id)
 	if e == nil || e.Internet == nil || *e.Internet || len(e.Deny) != 0 || e.Allow[0] != "192.0.2.1/32" {
 		t.Errorf("egress: %+v", e)
+	}
+	s.want(t, 204, "PUT", "/sandboxes/"+id+"/network", `{"rules":{"*.API.example":[{"transform":{"headers":{"X-Key":"k"}}},{}]}}`)
+	if e := s.host.Egress(id); e == nil || len(e.Allow) != 0 || len(e.Rules["*.api.example"]) != 2 || e.Rules["*.api.example"][0].Headers["X-Key"] != "k" {
+		t.Errorf("rules: %+v", e)
+	}
+	if _, _, b := s.do(t, "GET", "/sandboxes/"+id, ""); !strings.Contains(string(b), `"rules":{"*.api.example":[{"transform":{"headers":{"X-Key":"k"}}},{}]}`) {
+		t.Errorf("detail: %s", b)
 	}
 	s.want(t, 204, "PUT", "/sandboxes/"+id+"/network", `{}`)
 	if e := s.host.Egress(id); e != nil {

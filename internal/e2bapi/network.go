@@ -16,9 +16,53 @@ type network struct {
 	DNSServers         json.RawMessage `json:"dnsServers,omitempty"`
 	EgressProxy        json.RawMessage `json:"egressProxy,omitempty"`
 	HTTPSPorts         json.RawMessage `json:"httpsPorts,omitempty"`
-	Rules              json.RawMessage `json:"rules,omitempty"`
+	// Rules are by host name.
+	Rules map[string][]networkRule `json:"rules,omitempty"`
 	// AllowInternet is part of an update alone.
 	AllowInternet *bool `json:"allow_internet_access,omitempty"`
+}
+
+// networkRule is what becomes of a sandbox's requests to a host.
+type networkRule struct {
+	Transform *transform `json:"transform,omitempty"`
+}
+
+type transform struct {
+	Headers map[string]string `json:"headers,omitempty"`
+}
+
+func (n *network) rules() map[string][]control.EgressRule {
+	if len(n.Rules) == 0 {
+		return nil
+	}
+	out := map[string][]control.EgressRule{}
+	for host, list := range n.Rules {
+		rules := make([]control.EgressRule, len(list))
+		for i, r := range list {
+			if r.Transform != nil {
+				rules[i].Headers = r.Transform.Headers
+			}
+		}
+		out[host] = rules
+	}
+	return out
+}
+
+func rulesOf(e *control.Egress) map[string][]networkRule {
+	if len(e.Rules) == 0 {
+		return nil
+	}
+	out := map[string][]networkRule{}
+	for host, list := range e.Rules {
+		rules := make([]networkRule, len(list))
+		for i, r := range list {
+			if r.Headers != nil {
+				rules[i].Transform = &transform{r.Headers}
+			}
+		}
+		out[host] = rules
+	}
+	return out
 }
 
 // check refuses what is not there, by its name.
@@ -26,7 +70,7 @@ func (n *network) check() error {
 	for _, f := range []struct {
 		name string
 		raw  json.RawMessage
-	}{{"dnsServers", n.DNSServers}, {"egressProxy", n.EgressProxy}, {"httpsPorts", n.HTTPSPorts}, {"rules", n.Rules}} {
+	}{{"dnsServers", n.DNSServers}, {"egressProxy", n.EgressProxy}, {"httpsPorts", n.HTTPSPorts}} {
 		if given(f.raw) {
 			return control.Invalid("network."+f.name, "is not supported")
 		}
@@ -35,10 +79,10 @@ func (n *network) check() error {
 }
 
 func (n *network) egress() *control.Egress {
-	if len(n.AllowOut)+len(n.DenyOut) == 0 && n.AllowInternet == nil {
+	if len(n.AllowOut)+len(n.DenyOut)+len(n.Rules) == 0 && n.AllowInternet == nil {
 		return nil
 	}
-	return &control.Egress{Internet: n.AllowInternet, Allow: n.AllowOut, Deny: n.DenyOut}
+	return &control.Egress{Internet: n.AllowInternet, Allow: n.AllowOut, Deny: n.DenyOut, Rules: n.rules()}
 }
 
 // into puts a create's wishes into o.
@@ -64,7 +108,7 @@ func networkOf(o control.SandboxOptions) *network {
 	public := !o.PrivatePorts
 	n := &network{AllowPublicTraffic: &public, MaskRequestHost: o.HostMask}
 	if o.Egress != nil {
-		n.AllowOut, n.DenyOut = o.Egress.Allow, o.Egress.Deny
+		n.AllowOut, n.DenyOut, n.Rules = o.Egress.Allow, o.Egress.Deny, rulesOf(o.Egress)
 	}
 	return n
 }

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 )
@@ -17,6 +19,8 @@ type Egress struct {
 	DenyInternet bool     `json:"deny_internet,omitempty"`
 	Allow        []string `json:"allow,omitempty"`
 	Deny         []string `json:"deny,omitempty"`
+	// Headers are set in the guest's requests to hosts.
+	Headers egress.Rules `json:"headers,omitempty"`
 }
 
 // maxEgress bounds each list of an Egress.
@@ -38,6 +42,9 @@ func (e *Egress) check() error {
 				return fmt.Errorf("%w: egress: %.64q is no IPv4 prefix, nor a name that is allowed", ErrInvalid, s)
 			}
 		}
+	}
+	if err := e.Headers.Check(hostnet.ValidName); err != nil {
+		return fmt.Errorf("%w: egress: headers: %w", ErrInvalid, err)
 	}
 	return nil
 }
@@ -78,8 +85,34 @@ func (w *rewiring) steps() []step {
 	return []step{
 		// The journal first: who takes the sandbox over loads what it says.
 		{name: "record", do: func(context.Context) error { return w.sb.update(func(j *journal) { j.Egress = w.to }) }},
+		{name: "guest_trust", do: w.trust},
 		{name: "apply", do: w.apply},
 	}
+}
+
+// trust: a guest whose requests are completed must know our certificates.
+func (w *rewiring) trust(ctx context.Context) error {
+	if r := w.sb.current(); r != nil {
+		return w.e.trust(ctx, r.guest, w.to)
+	}
+	return nil
+}
+
+// trustLimit bounds the wait for a guest that writes down whom it trusts.
+const trustLimit = 30 * time.Second
+
+// trust makes a guest trust the certificates that its requests are taken with,
+// where there are headers to set.
+func (e *Engine) trust(ctx context.Context, g *Guest, to *Egress) error {
+	if to == nil || len(to.Headers) == 0 || e.opts.Authority == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, trustLimit)
+	defer cancel()
+	if _, err := g.post(ctx, "/trust", map[string]string{"certificate": string(e.opts.Authority.PEM())}); err != nil {
+		return fmt.Errorf("make the guest trust the host's certificates: %w", err)
+	}
+	return nil
 }
 
 func (w *rewiring) apply(ctx context.Context) error {

@@ -31,6 +31,7 @@ import (
 	"sync"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/localca"
 	"git.omukk.dev/wrenn/sandbox/internal/pager"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
@@ -86,6 +87,9 @@ type Options struct {
 	Driver  vmm.Driver
 	Network Network
 	Pager   pager.Client
+	// Authority certifies hosts to guests whose requests are completed; nil is
+	// for tests without any.
+	Authority *localca.Authority
 	// Disks is needed where the driver keeps memory to itself.
 	Disks Disks
 	// MemoryLimitMB bounds the RAM, and VCPULimit the virtual CPUs, of all

@@ -2,25 +2,35 @@ package engine
 
 import (
 	"context"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 
+	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
+	"git.omukk.dev/wrenn/sandbox/internal/localca"
 )
 
-// HostNetwork lends the slots of a pool.
-func HostNetwork(p *hostnet.Pool) Network { return hostNetwork{p} }
+// HostNetwork lends the slots of a pool. By ca hosts are certified to guests
+// whose requests are completed.
+func HostNetwork(p *hostnet.Pool, ca *localca.Authority, log *slog.Logger) Network {
+	return hostNetwork{p, ca, log}
+}
 
-type hostNetwork struct{ pool *hostnet.Pool }
+type hostNetwork struct {
+	pool *hostnet.Pool
+	ca   *localca.Authority
+	log  *slog.Logger
+}
 
 func (n hostNetwork) Acquire(ctx context.Context, id string) (Slot, error) {
 	s, err := n.pool.Acquire(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	return hostSlot{s}, nil
+	return hostSlot{s, n}, nil
 }
 
 func (n hostNetwork) Adopt(ctx context.Context, id string, index int) (Slot, error) {
@@ -28,10 +38,13 @@ func (n hostNetwork) Adopt(ctx context.Context, id string, index int) (Slot, err
 	if err != nil {
 		return nil, err
 	}
-	return hostSlot{s}, nil
+	return hostSlot{s, n}, nil
 }
 
-type hostSlot struct{ slot *hostnet.Slot }
+type hostSlot struct {
+	slot *hostnet.Slot
+	net  hostNetwork
+}
 
 func (s hostSlot) Tap() (name, netns string) {
 	return hostnet.TapName, filepath.Join("/run/netns", s.slot.Netns)
@@ -47,6 +60,9 @@ func (s hostSlot) SetEgress(ctx context.Context, e *Egress) error {
 		h.AllowInternet = !e.DenyInternet
 		h.Names, h.Allow = split(e.Allow)
 		_, h.Deny = split(e.Deny)
+		if len(e.Headers) > 0 {
+			h.Web = egress.New(egress.Options{Rules: e.Headers, Authority: s.net.ca, Logger: s.net.log})
+		}
 	}
 	return s.slot.SetEgress(ctx, h)
 }

@@ -87,6 +87,7 @@ func (st *starting) steps() []step {
 		{name: "record_vm", do: st.recordVM},
 		{name: "vm_run", do: st.letRun},
 		{name: "guest_confirm", do: st.confirm},
+		{name: "guest_trust", do: st.trust},
 		{name: "record_running", do: st.recordRunning},
 	}
 }
@@ -261,6 +262,18 @@ func (st *starting) confirm(ctx context.Context) error {
 	}
 	st.rec.EnvdVersion = knownVersion(said.EnvdVersion)
 	return nil
+}
+
+// trust: a guest that cannot write down whom it trusts goes on all the same when
+// it was there before; a full disk must not keep it from its owner.
+func (st *starting) trust(ctx context.Context) error {
+	j := st.sb.journal()
+	err := st.e.trust(ctx, st.guest, j.Egress)
+	if err != nil && j.State == Resuming {
+		st.e.log.Warn("a resumed guest does not trust the host's certificates", "sandbox", j.ID, "error", err)
+		return nil
+	}
+	return err
 }
 
 func (st *starting) recordRunning(context.Context) error {

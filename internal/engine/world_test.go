@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/engine"
 	"git.omukk.dev/wrenn/sandbox/internal/engine/enginetest"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -234,7 +235,7 @@ func (w *world) importBase(digest string) error {
 }
 
 func (w *world) setEgress(id string) error {
-	return w.e.SetEgress(w.t.Context(), id, &engine.Egress{DenyInternet: true})
+	return w.e.SetEgress(w.t.Context(), id, &engine.Egress{DenyInternet: true, Headers: egress.Rules{"a.example": {"X-Key": "secret"}}})
 }
 
 // pauseTimes makes generations, enough for compaction to have work. It keeps to

@@ -25,7 +25,7 @@ const tokenHeader = "X-Access-Token"
 //
 //	/health         everyone
 //	/init           the gateway
-//	/sync           the gateway, with the token
+//	/sync, /trust   the gateway, with the token
 //	/files          the token, or a signature made with it (see allowFile)
 //	everything else the token
 //
@@ -38,7 +38,7 @@ func (s *Server) guard(next http.Handler) http.Handler {
 		case "/health":
 		case "/init":
 			err = s.fromGateway(r)
-		case "/sync":
+		case "/sync", "/trust":
 			if err = s.fromGateway(r); err == nil {
 				err = s.hasToken(r)
 			}

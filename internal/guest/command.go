@@ -51,6 +51,7 @@ func (s *Server) newCommand(c *pb.ProcessConfig, u account, tty bool) (*command,
 	if tty {
 		env["TERM"] = "xterm-256color"
 	}
+	maps.Copy(env, s.trustEnvs())
 	maps.Copy(env, def.Envs)
 	maps.Copy(env, id.Envs)
 	maps.Copy(env, c.GetEnvs())

@@ -50,6 +50,9 @@ type Options struct {
 	RunDir string
 	// Passwd and Group are the user database; empty is /etc/passwd, /etc/group.
 	Passwd, Group string
+	// TrustFile and TrustBundle are where certificates of the host go; empty is
+	// TrustFile, TrustBundle.
+	TrustFile, TrustBundle string
 	// DefaultsFile is the template's; empty is DefaultsFile.
 	DefaultsFile string
 	// Logger; nil logs warnings to standard error.
@@ -69,9 +72,10 @@ type Server struct {
 	conns    *connections
 	meter    meter
 
-	initMu sync.Mutex               // one /init at a time
-	ident  atomic.Pointer[identity] // nil: not confirmed yet
-	syncMu sync.Mutex               // one /sync at a time
+	initMu  sync.Mutex               // one /init at a time
+	ident   atomic.Pointer[identity] // nil: not confirmed yet
+	syncMu  sync.Mutex               // one /sync at a time
+	trustMu sync.Mutex               // one /trust at a time
 }
 
 // New makes an agent. State that an earlier agent of this boot left in RunDir
@@ -94,6 +98,12 @@ func New(o Options) (*Server, error) {
 	}
 	if o.Group == "" {
 		o.Group = "/etc/group"
+	}
+	if o.TrustFile == "" {
+		o.TrustFile = TrustFile
+	}
+	if o.TrustBundle == "" {
+		o.TrustBundle = TrustBundle
 	}
 	if o.DefaultsFile == "" {
 		o.DefaultsFile = DefaultsFile
@@ -140,6 +150,7 @@ func (s *Server) Handler() http.Handler {
 	})
 	mux.HandleFunc("POST /init", s.handleInit)
 	mux.HandleFunc("POST /sync", s.handleSync)
+	mux.HandleFunc("POST /trust", s.handleTrust)
 	mux.HandleFunc("GET /files", s.handleGetFile)
 	mux.HandleFunc("POST /files", s.handlePostFiles)
 	mux.HandleFunc("GET /metrics", s.handleMetrics)

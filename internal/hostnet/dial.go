@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"time"
 
@@ -87,10 +88,11 @@ func (s *Slot) keepTrying(ctx context.Context, port int) (net.Conn, error) {
 func (s *Slot) try(ctx context.Context, port int, limit time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, errNoAnswer)
 	defer cancel()
-	return s.dial(ctx, port)
+	return s.dialTo(ctx, netip.AddrPortFrom(GuestAddr, uint16(port)))
 }
 
-func (s *Slot) dial(ctx context.Context, port int) (net.Conn, error) {
+// dialTo connects from inside the slot's namespace.
+func (s *Slot) dialTo(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
 	// Bounds the OS threads, which a locked goroutine each occupies.
 	select {
 	case s.pool.threads <- struct{}{}:
@@ -106,12 +108,12 @@ func (s *Slot) dial(ctx context.Context, port int) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Connect(fd, &unix.SockaddrInet4{Port: port, Addr: GuestAddr.As4()})
+	err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()})
 	if err != nil && !errors.Is(err, unix.EINPROGRESS) && !errors.Is(err, unix.EINTR) {
 		unix.Close(fd)
 		return nil, os.NewSyscallError("connect", err)
 	}
-	f := os.NewFile(uintptr(fd), "guest")
+	f := os.NewFile(uintptr(fd), "slot")
 	defer f.Close() // FileConn keeps a duplicate
 	if err := awaitConnect(ctx, f); err != nil {
 		return nil, err

@@ -30,6 +30,8 @@
 //     names and addresses, are claimed host-wide.
 //  6. A guest with names in its egress has its DNS queries answered by this
 //     process, for these names alone; an address is open once it was answered.
-//  7. An OS thread that cannot be switched back to the host's namespace is
+//  7. A Web gets those web connections of a guest that the guest may make, and
+//     what it sends on is held to the guest's rules by the kernel.
+//  8. An OS thread that cannot be switched back to the host's namespace is
 //     never given back to the Go scheduler.
 package hostnet

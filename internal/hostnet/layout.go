@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -45,6 +46,10 @@ var privateRanges = []netip.Prefix{
 	netip.MustParsePrefix("198.18.0.0/15"),  // benchmarking
 	netip.MustParsePrefix("224.0.0.0/4"),    // multicast
 	netip.MustParsePrefix("240.0.0.0/4"),    // reserved, broadcast
+}
+
+func isPrivate(a netip.Addr) bool {
+	return slices.ContainsFunc(privateRanges, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 const (

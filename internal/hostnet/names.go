@@ -198,7 +198,7 @@ func (r *resolver) judge(h dnsmessage.Header, q dnsmessage.Question, name string
 func (r *resolver) resolve(name string) ([]netip.Addr, dnsmessage.RCode) {
 	ctx, cancel := context.WithTimeout(r.ctx, lookupWait)
 	defer cancel()
-	addrs, err := r.slot.pool.lookup(ctx, name)
+	addrs, err := r.slot.pool.publicAddrs(ctx, name)
 	var de *net.DNSError
 	switch {
 	case errors.As(err, &de) && de.IsNotFound:
@@ -207,16 +207,18 @@ func (r *resolver) resolve(name string) ([]netip.Addr, dnsmessage.RCode) {
 		r.slot.pool.log.Debug("look up a name for a guest", "slot", r.slot.Index, "name", name, "error", err)
 		return nil, dnsmessage.RCodeServerFailure
 	}
-	// What is private stays so, and is not told either.
-	addrs = slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool {
-		return !a.Is4() || slices.ContainsFunc(privateRanges, func(p netip.Prefix) bool { return p.Contains(a) })
-	})
-	addrs = addrs[:min(len(addrs), maxAnswer)]
 	if err := r.admit(name, addrs); err != nil {
 		r.slot.pool.log.Warn("let a guest reach a name", "slot", r.slot.Index, "name", name, "error", err)
 		return nil, dnsmessage.RCodeServerFailure
 	}
 	return addrs, dnsmessage.RCodeSuccess
+}
+
+// publicAddrs looks a name up. What is private stays so, and is not told either.
+func (p *Pool) publicAddrs(ctx context.Context, name string) ([]netip.Addr, error) {
+	addrs, err := p.lookup(ctx, name)
+	addrs = slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return !a.Is4() || isPrivate(a) })
+	return addrs[:min(len(addrs), maxAnswer)], err
 }
 
 var errTooMany = errors.New("too many addresses are open already")

@@ -192,10 +192,16 @@ func loadSlotRules(e Egress, fresh bool) error {
 			return err
 		}
 		input = append(input, match(iif(TapName), udpPort(dnsPort), accept()))
-		addRules(c, dnsChain(c, t), match(iif(TapName), udpPort(dnsPort), rule{&expr.Redir{}}))
 	}
 	egress := c.AddChain(&nftables.Chain{Name: egressName, Table: t})
-	addRules(c, egress, egressRules(e, private, allow, named, deny)...)
+	addRules(c, egress, egressRules(e, private, allow, named, deny, accept(), drop())...)
+	if e.Web != nil {
+		input = append(input, match(iif(TapName), tcpPort(webListen), ctStatus(ipsDestNAT), accept()))
+		webRules(c, t, e, private, allow, named, deny)
+	}
+	if len(e.Names) > 0 || e.Web != nil {
+		lead(c, t, e)
+	}
 	addRules(c, baseChain(c, t, "input", nftables.ChainHookInput, nftables.ChainPolicyDrop), append(input, drop())...)
 
 	// Outward every packet passes the egress chain, not only a connection's
@@ -230,20 +236,21 @@ func ingressRules(c *nftables.Conn, t *nftables.Table) {
 		drop())
 }
 
-// egressRules: what is private first, whatever the lists say.
-func egressRules(e Egress, private, allow, named, deny *nftables.Set) []rule {
+// egressRules do yes with what the guest may reach and no with what it may not:
+// what is private first, whatever the lists say.
+func egressRules(e Egress, private, allow, named, deny *nftables.Set, yes, no rule) []rule {
 	rules := []rule{
-		match(daddrIn(private), drop()),
-		match(daddrIn(allow), accept()),
+		match(daddrIn(private), no),
+		match(daddrIn(allow), yes),
 	}
 	if named != nil {
-		rules = append(rules, match(daddrIn(named), keepNamed(named), accept()))
+		rules = append(rules, match(daddrIn(named), keepNamed(named), yes))
 	}
-	rules = append(rules, match(daddrIn(deny), drop()))
+	rules = append(rules, match(daddrIn(deny), no))
 	if e.AllowInternet {
-		return append(rules, accept())
+		return append(rules, yes)
 	}
-	return append(rules, drop())
+	return append(rules, no)
 }
 
 // forwardMark tells the NAT chain, which does not see the incoming interface,

@@ -38,8 +38,8 @@ func udpPort(port uint16) rule {
 		payload(expr.PayloadBaseTransportHeader, 2, binary.BigEndian.AppendUint16(nil, port)))
 }
 
-// dnsChain is where a guest's queries are led to the resolver.
-func dnsChain(c *nftables.Conn, t *nftables.Table) *nftables.Chain {
+// asideChain is where a guest's packets are led to this process instead of on.
+func asideChain(c *nftables.Conn, t *nftables.Table) *nftables.Chain {
 	return c.AddChain(&nftables.Chain{Name: "prerouting", Table: t, Type: nftables.ChainTypeNAT,
 		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest})
 }

@@ -17,7 +17,7 @@ import (
 const egressMark = "wrenn hostnet egress="
 
 func (e Egress) mark() string {
-	if len(e.Allow)+len(e.Deny)+len(e.Names) > 0 {
+	if len(e.Allow)+len(e.Deny)+len(e.Names) > 0 || e.Web != nil {
 		// They are too long for an alias: who adopts the slot sets them again,
 		// and until then it is closed.
 		return egressMark + "lists"

@@ -37,11 +37,13 @@ type Egress struct {
 	// Names are allowed as Allow is: the addresses to which the host resolves
 	// them when the guest asks. ValidName says what they are.
 	Names []string
+	// Web, where there is one, takes the guest's connections to WebPorts.
+	Web Web
 }
 
 func (e Egress) equal(o Egress) bool {
 	return e.AllowInternet == o.AllowInternet && slices.Equal(e.Allow, o.Allow) && slices.Equal(e.Deny, o.Deny) &&
-		slices.Equal(e.Names, o.Names)
+		slices.Equal(e.Names, o.Names) && e.Web == o.Web
 }
 
 // DefaultEgress is what a fresh slot has.
@@ -59,7 +61,8 @@ type Slot struct {
 	mu     sync.RWMutex // read: ns is in use
 	ns     *os.File     // nil when released
 	egress Egress
-	dns    *resolver // nil where no names are allowed
+	dns    *resolver  // nil where no names are allowed
+	web    *webServer // nil where nothing takes the guest's web connections
 }
 
 // in runs fn inside the slot's namespace.
@@ -86,24 +89,43 @@ func (s *Slot) SetEgress(ctx context.Context, e Egress) error {
 		return context.Cause(ctx)
 	}
 	s.mu.Lock()
-	old, err := s.setEgress(e)
+	err := s.setEgress(e)
+	over := s.takeUnneeded()
 	s.mu.Unlock()
-	old.close() // it may be waiting for mu
+	over() // they may be waiting for mu
 	return err
 }
 
-// setEgress is SetEgress. It returns the resolver that is not needed any more.
-// Held: mu.
-func (s *Slot) setEgress(e Egress) (old *resolver, err error) {
+// takeUnneeded takes away what the egress has no use for; the result ends it,
+// without mu. Held: mu.
+func (s *Slot) takeUnneeded() func() {
+	var dns *resolver
+	var web *webServer
+	if s.ns == nil || len(s.egress.Names) == 0 {
+		dns, s.dns = s.dns, nil
+	}
+	if s.ns == nil || s.egress.Web == nil {
+		web, s.web = s.web, nil
+	}
+	return func() { dns.close(); web.close() }
+}
+
+// setEgress is SetEgress. Held: mu.
+func (s *Slot) setEgress(e Egress) (err error) {
 	if s.ns == nil {
-		return nil, ErrReleased
+		return ErrReleased
 	}
 	if e.equal(s.egress) {
-		return nil, nil
+		return nil
 	}
 	if len(e.Names) > 0 && s.dns == nil {
 		if s.dns, err = s.newResolver(); err != nil {
-			return nil, fmt.Errorf("set the egress of slot %d: %w", s.Index, err)
+			return fmt.Errorf("set the egress of slot %d: %w", s.Index, err)
+		}
+	}
+	if e.Web != nil && s.web == nil {
+		if s.web, err = s.newWeb(); err != nil {
+			return fmt.Errorf("take the web connections of slot %d: %w", s.Index, err)
 		}
 	}
 	s.dns.allow(e.Names)
@@ -120,13 +142,13 @@ func (s *Slot) setEgress(e Egress) (old *resolver, err error) {
 	})
 	if err != nil {
 		s.dns.allow(s.egress.Names)
-		return nil, fmt.Errorf("set the egress of slot %d: %w", s.Index, err)
+		return fmt.Errorf("set the egress of slot %d: %w", s.Index, err)
+	}
+	if e.Web != nil && e.Web != s.egress.Web {
+		s.web.handle(e.Web.Open(wayOut{s}))
 	}
 	s.egress = e
-	if len(e.Names) == 0 {
-		old, s.dns = s.dns, nil
-	}
-	return old, nil
+	return nil
 }
 
 // Release gives the slot back; the VM must be dead. It returns at once: the
@@ -148,9 +170,9 @@ func (s *Slot) detach() bool {
 		return false
 	}
 	s.ns.Close()
-	dns := s.dns
-	s.ns, s.dns = nil, nil
+	s.ns = nil
+	over := s.takeUnneeded()
 	s.mu.Unlock()
-	dns.close() // its socket would keep the namespace
+	over() // their sockets would keep the namespace
 	return true
 }

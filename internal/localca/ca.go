@@ -1,12 +1,13 @@
-// Package localca makes a certificate authority that is one machine's own, and
-// certificates for a domain and what is below it. It is for people who have no
-// certificate for their domain: whoever trusts the authority's certificate can
-// use TLS. Imported by cmd/wrenn; it imports nothing of this module.
+// Package localca makes certificate authorities that are one machine's own. Open
+// is for people who have no certificate for their domain: whoever trusts the
+// authority's certificate can use TLS with it and what is below it. OpenEgress is
+// for the guests whose requests to some names the host completes.
+// Imported by cmd/wrenn and internal/egress; it imports nothing of this module.
 //
 // Invariants:
 //
-//  1. The authority's key is on disk with mode 0600 and nowhere else. It may
-//     sign for the given domain alone (a name constraint).
+//  1. An authority's key is on disk with mode 0600 and nowhere else. One of Open
+//     may sign for the given domain alone (a name constraint).
 //  2. A certificate is renewed before it is over, without a restart.
 package localca
 
@@ -48,18 +49,18 @@ type Authority struct {
 	key    *ecdsa.PrivateKey
 	now    func() time.Time
 
-	mu   sync.Mutex
-	leaf *tls.Certificate
+	mu    sync.Mutex
+	leafs map[string]*tls.Certificate
 }
+
+// maxLeafs bounds the certificates that are kept: guests choose the names below
+// a wildcard.
+const maxLeafs = 1000
 
 // Open reads the authority of a directory, or makes it. One that was made for
 // another domain, or is over, is an error that says what to remove.
 func Open(dir, domain string, now func() time.Time) (*Authority, error) {
-	a := &Authority{Path: filepath.Join(dir, certName), domain: domain, now: now}
-	err := a.load(filepath.Join(dir, keyName))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = a.make(dir)
-	}
+	a, err := open(dir, domain, "Wrenn Sandbox local authority for "+domain, now)
 	if err != nil {
 		return nil, err
 	}
@@ -68,6 +69,34 @@ func Open(dir, domain string, now func() time.Time) (*Authority, error) {
 			a.Path, a.cert.PermittedDNSDomains, a.cert.NotAfter.Format(time.DateOnly), domain, dir)
 	}
 	return a, nil
+}
+
+// OpenEgress reads the authority of a directory, or makes it, that may sign for
+// any name: guests trust it, and nobody else should.
+func OpenEgress(dir string, now func() time.Time) (*Authority, error) {
+	a, err := open(dir, "", "Wrenn Sandbox, requests with the host's headers", now)
+	if err != nil {
+		return nil, err
+	}
+	if now().After(a.cert.NotAfter) {
+		return nil, fmt.Errorf("the certificate authority %s ended at %s; remove the directory %s to have a new one made, which sandboxes trust at their next start",
+			a.Path, a.cert.NotAfter.Format(time.DateOnly), dir)
+	}
+	return a, nil
+}
+
+func open(dir, domain, name string, now func() time.Time) (*Authority, error) {
+	a := &Authority{Path: filepath.Join(dir, certName), domain: domain, now: now, leafs: map[string]*tls.Certificate{}}
+	err := a.load(filepath.Join(dir, keyName))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = a.make(dir, name)
+	}
+	return a, err
+}
+
+// PEM is the authority's certificate.
+func (a *Authority) PEM() []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw})
 }
 
 func (a *Authority) load(keyPath string) error {
@@ -91,16 +120,18 @@ func (a *Authority) load(keyPath string) error {
 	return nil
 }
 
-func (a *Authority) make(dir string) error {
+func (a *Authority) make(dir, name string) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return fmt.Errorf("make a key: %w", err)
 	}
 	t := template(a.now(), caLife)
-	t.Subject = pkix.Name{CommonName: "Wrenn Sandbox local authority for " + a.domain}
+	t.Subject = pkix.Name{CommonName: name}
 	t.IsCA, t.BasicConstraintsValid, t.MaxPathLenZero = true, true, true
 	t.KeyUsage = x509.KeyUsageCertSign | x509.KeyUsageCRLSign
-	t.PermittedDNSDomains, t.PermittedDNSDomainsCritical = []string{a.domain}, true
+	if a.domain != "" {
+		t.PermittedDNSDomains, t.PermittedDNSDomainsCritical = []string{a.domain}, true
+	}
 	der, err := x509.CreateCertificate(rand.Reader, t, t, &key.PublicKey, key)
 	if err != nil {
 		return fmt.Errorf("make the certificate authority: %w", err)
@@ -149,18 +180,26 @@ func write(path, kind string, der []byte, mode fs.FileMode) error {
 // GetCertificate is for tls.Config: a certificate for the domain and every name
 // one level below it.
 func (a *Authority) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	return a.Certificate("*."+a.domain, a.domain)
+}
+
+// Certificate is one for a name, and others. It is made when it is first asked
+// for, and anew before it is over.
+func (a *Authority) Certificate(name string, others ...string) (*tls.Certificate, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.leaf != nil && a.leaf.Leaf.NotAfter.Sub(a.now()) > renewLeft {
-		return a.leaf, nil
+	if leaf := a.leafs[name]; leaf != nil && leaf.Leaf.NotAfter.Sub(a.now()) > renewLeft {
+		return leaf, nil
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("make a key: %w", err)
 	}
 	t := template(a.now(), leafLife)
-	t.Subject = pkix.Name{CommonName: "*." + a.domain}
-	t.DNSNames = []string{a.domain, "*." + a.domain}
+	t.DNSNames = append([]string{name}, others...)
+	if len(name) <= maxCommonName {
+		t.Subject = pkix.Name{CommonName: name}
+	}
 	t.KeyUsage, t.ExtKeyUsage = x509.KeyUsageDigitalSignature, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 	der, err := x509.CreateCertificate(rand.Reader, t, a.cert, &key.PublicKey, a.key)
 	if err != nil {
@@ -170,6 +209,12 @@ func (a *Authority) GetCertificate(*tls.ClientHelloInfo) (*tls.Certificate, erro
 	if err != nil {
 		return nil, fmt.Errorf("read the certificate back: %w", err)
 	}
-	a.leaf = &tls.Certificate{Certificate: [][]byte{der, a.cert.Raw}, PrivateKey: key, Leaf: leaf}
-	return a.leaf, nil
+	if len(a.leafs) >= maxLeafs {
+		clear(a.leafs)
+	}
+	a.leafs[name] = &tls.Certificate{Certificate: [][]byte{der, a.cert.Raw}, PrivateKey: key, Leaf: leaf}
+	return a.leafs[name], nil
 }
+
+// maxCommonName is what X.509 lets a common name have.
+const maxCommonName = 64

@@ -49,7 +49,7 @@ func TestClientsThatTrustTheAuthorityTrustTheDomainAlone(t *testing.T) {
 	}
 	// What the authority signs for another name is worth nothing.
 	a.domain = "bank.example"
-	a.leaf = nil
+	clear(a.leafs)
 	foreign, err := a.GetCertificate(nil)
 	if err != nil {
 		t.Fatal(err)

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -28,6 +29,9 @@ type Options struct {
 	Dir string
 	// Args are added to `wrenn up`.
 	Args []string
+	// Wrap is a command that runs the server's, which follows it; it must become
+	// that process. Env is added to the environment.
+	Wrap, Env []string
 	// Output takes the server's progress and log.
 	Output io.Writer
 }
@@ -85,7 +89,13 @@ func (s *Server) Restart(ctx context.Context) error {
 		args = append(args, "--driver", d)
 	}
 	args = append(args, s.opts.Args...)
-	cmd := exec.Command(filepath.Join(Bin(), "wrenn"), args...)
+	program, err := filepath.Abs(filepath.Join(Bin(), "wrenn"))
+	if err != nil {
+		return err
+	}
+	line := slices.Concat(s.opts.Wrap, []string{program}, args)
+	cmd := exec.Command(line[0], line[1:]...)
+	cmd.Env = append(os.Environ(), s.opts.Env...)
 	cmd.Stderr = s.opts.Output
 	// What a developer presses Ctrl-C on is us; we end the server.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

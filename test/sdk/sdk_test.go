@@ -75,15 +75,20 @@ func TestJavaScriptErrors(t *testing.T) {
 	script(t, modeAOf(t, smallServer(t)), sdk.Node(), "js/errors.mjs")
 }
 
-// smallServer is a server of the test's own.
 func smallServer(t *testing.T) *harness.Server {
+	return ownServer(t, func(o *options) { o.Args = append(o.Args, "--memory-limit", "600", "--rate-limit", "50") })
+}
+
+type options = harness.Options
+
+// ownServer is a server of the test's own.
+func ownServer(t *testing.T, change func(*options)) *harness.Server {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	s, err := harness.Start(ctx, harness.Options{
-		Dir: filepath.Join(t.TempDir(), "s"), Output: t.Output(),
-		Args: []string{"--on-exit", "destroy", "--memory-limit", "600", "--rate-limit", "50"},
-	})
+	o := options{Dir: filepath.Join(t.TempDir(), "s"), Output: t.Output(), Args: []string{"--on-exit", "destroy"}}
+	change(&o)
+	s, err := harness.Start(ctx, o)
 	if err != nil {
 		t.Fatal(err)
 	}

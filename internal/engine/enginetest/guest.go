@@ -20,6 +20,9 @@ type guests struct {
 
 	mu    sync.Mutex
 	lives map[string]string // sandbox to the life that it confirmed last
+	// trusts counts how often a sandbox was given the certificate.
+	trusts map[string]int
+	refuse bool
 }
 
 type sandboxKey struct{}
@@ -31,7 +34,7 @@ func SandboxOf(r *http.Request) string {
 }
 
 func newGuests(t testing.TB, h *Host) *guests {
-	g := &guests{host: h, conns: make(chan net.Conn), done: make(chan struct{}), lives: map[string]string{}}
+	g := &guests{host: h, conns: make(chan net.Conn), done: make(chan struct{}), lives: map[string]string{}, trusts: map[string]int{}}
 	srv := &http.Server{Handler: g, ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 		return context.WithValue(ctx, sandboxKey{}, c.(guestConn).id)
 	}}
@@ -96,6 +99,8 @@ func (g *guests) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		g.init(w, r)
 	case r.URL.Path == "/sync":
 		w.WriteHeader(http.StatusNoContent)
+	case r.URL.Path == "/trust":
+		g.trust(w, r)
 	case g.host.Guest != nil:
 		g.host.Guest.ServeHTTP(w, r)
 	default:
@@ -119,6 +124,34 @@ func (g *guests) init(w http.ResponseWriter, r *http.Request) {
 		"generation": req.Generation, "envd_version": EnvdVersion,
 		"steps": []string{"clock", "entropy", "hostname", "machine_id", "generation", "connections"},
 	})
+}
+
+func (g *guests) trust(w http.ResponseWriter, r *http.Request) {
+	var req struct {
+		Certificate string `json:"certificate"`
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := json.NewDecoder(r.Body).Decode(&req); err != nil || req.Certificate != string(g.host.authority.PEM()) || g.refuse {
+		http.Error(w, "no room for certificates", http.StatusInternalServerError)
+		return
+	}
+	g.trusts[SandboxOf(r)]++
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// Trusts tells how often a guest wrote down the host's certificate.
+func (h *Host) Trusts(id string) int {
+	h.guests.mu.Lock()
+	defer h.guests.mu.Unlock()
+	return h.guests.trusts[id]
+}
+
+// RefuseTrust makes guests fail to write the host's certificate.
+func (h *Host) RefuseTrust(yes bool) {
+	h.guests.mu.Lock()
+	defer h.guests.mu.Unlock()
+	h.guests.refuse = yes
 }
 
 // Life returns the life that a guest confirmed last.

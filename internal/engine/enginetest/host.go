@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/engine"
+	"git.omukk.dev/wrenn/sandbox/internal/localca"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
@@ -47,6 +48,8 @@ type Host struct {
 
 	t      testing.TB
 	guests *guests
+	// authority is one for all engines of a host.
+	authority *localca.Authority
 
 	mu    sync.Mutex
 	wrong []string
@@ -59,6 +62,10 @@ func New(t testing.TB) *Host {
 	h.Network = newNetwork(h)
 	h.Pager = newPager(t, h)
 	h.guests = newGuests(t, h)
+	var err error
+	if h.authority, err = localca.OpenEgress(t.TempDir(), time.Now); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		for _, m := range h.Driver.Machines() {
 			_ = h.Driver.End(m.ID, "the test is over")
@@ -110,7 +117,7 @@ func (h *Host) OpenStore() *snapshot.Store {
 
 // Options are an engine's on this host.
 func (h *Host) Options(store *snapshot.Store) engine.Options {
-	return engine.Options{Dir: h.Dir, Store: store, Driver: h.Driver, Network: h.Network, Pager: h.Pager.Client, RetryAfter: time.Millisecond}
+	return engine.Options{Dir: h.Dir, Store: store, Driver: h.Driver, Network: h.Network, Pager: h.Pager.Client, RetryAfter: time.Millisecond, Authority: h.authority}
 }
 
 // BaseFiles writes a base template's disk of pages that begin with digest.
