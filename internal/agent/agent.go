@@ -150,7 +150,9 @@ func (a *Agent) WatchSandboxes(ctx context.Context, _ *connect.Request[agentv1.W
 
 // CreateSnapshot implements hostagent.v1.
 func (a *Agent) CreateSnapshot(ctx context.Context, req *connect.Request[agentv1.CreateSnapshotRequest]) (*connect.Response[agentv1.CreateSnapshotResponse], error) {
-	m, st, err := a.engine.Snapshot(ctx, req.Msg.SandboxId, req.Msg.Name)
+	m, st, err := a.engine.SnapshotAs(ctx, engine.SnapshotSpec{
+		Sandbox: req.Msg.SandboxId, Name: req.Msg.Name, Replace: req.Msg.Replace,
+	})
 	if err != nil {
 		return nil, a.wire(err)
 	}

@@ -60,6 +60,10 @@ func (s dyingStore) DeleteSandbox(ctx context.Context, id string, v int64) error
 func (s dyingStore) AddEvent(ctx context.Context, e control.Event) error {
 	return s.d.change(func() error { return s.Store.AddEvent(ctx, e) })
 }
+func (s dyingStore) PutTemplate(ctx context.Context, t control.Template) error {
+	return s.d.change(func() error { return s.Store.PutTemplate(ctx, t) })
+}
+
 func (s dyingStore) CreateTemplate(ctx context.Context, t control.Template) error {
 	return s.d.change(func() error { return s.Store.CreateTemplate(ctx, t) })
 }
@@ -84,8 +88,8 @@ func (h dyingHost) PauseSandbox(ctx context.Context, id string) (sb control.Host
 func (h dyingHost) ResumeSandbox(ctx context.Context, id string, reboot bool) (sb control.HostSandbox, err error) {
 	return sb, h.d.change(func() error { sb, err = h.Host.ResumeSandbox(ctx, id, reboot); return err })
 }
-func (h dyingHost) CreateSnapshot(ctx context.Context, id, name string) (t control.Template, err error) {
-	return t, h.d.change(func() error { t, err = h.Host.CreateSnapshot(ctx, id, name); return err })
+func (h dyingHost) CreateSnapshot(ctx context.Context, id, name string, replace bool) (t control.Template, err error) {
+	return t, h.d.change(func() error { t, err = h.Host.CreateSnapshot(ctx, id, name, replace); return err })
 }
 func (h dyingHost) DeleteSnapshot(ctx context.Context, name string) error {
 	return h.d.change(func() error { return h.Host.DeleteSnapshot(ctx, name) })
@@ -129,6 +133,10 @@ func TestACrashAfterEveryChangeIsSettled(t *testing.T) {
 		"delete": {sb, func(s *control.Service, id string) error { return s.Delete(ctx, id) }, 3},
 		"snapshot": {sb, func(s *control.Service, id string) error {
 			_, err := s.CreateSnapshot(ctx, id, "new")
+			return err
+		}, 2},
+		"replace snapshot": {snapped, func(s *control.Service, id string) error {
+			_, err := s.ReplaceSnapshot(ctx, id, "old")
 			return err
 		}, 2},
 		"delete snapshot": {snapped, func(s *control.Service, _ string) error { return s.DeleteSnapshot(ctx, "old") }, 2},

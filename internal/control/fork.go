@@ -54,7 +54,7 @@ func (s *Service) Fork(ctx context.Context, id string, count int64) (_ []Child, 
 	}
 	defer releaseName()
 	s.snapshots.Add(1)
-	_, err = s.host.CreateSnapshot(ctx, id, name)
+	_, err = s.host.CreateSnapshot(ctx, id, name, false)
 	release()
 	if err != nil {
 		s.wake()

@@ -31,7 +31,7 @@ type Host interface {
 	// stream breaks; it never returns nil.
 	WatchSandboxes(ctx context.Context, changed func(HostEvent)) error
 
-	CreateSnapshot(ctx context.Context, sandboxID, name string) (Template, error)
+	CreateSnapshot(ctx context.Context, sandboxID, name string, replace bool) (Template, error)
 	DeleteSnapshot(ctx context.Context, name string) error
 	// ListSnapshots gives base templates and snapshots.
 	ListSnapshots(ctx context.Context) ([]Template, error)

@@ -177,8 +177,8 @@ func (h *hostClient) WatchSandboxes(ctx context.Context, changed func(HostEvent)
 	return errorf(CodeHostUnavailable, "the host agent ended the watch")
 }
 
-func (h *hostClient) CreateSnapshot(ctx context.Context, sandboxID, name string) (Template, error) {
-	res, err := h.c.CreateSnapshot(ctx, connect.NewRequest(&hostagentv1.CreateSnapshotRequest{SandboxId: sandboxID, Name: name}))
+func (h *hostClient) CreateSnapshot(ctx context.Context, sandboxID, name string, replace bool) (Template, error) {
+	res, err := h.c.CreateSnapshot(ctx, connect.NewRequest(&hostagentv1.CreateSnapshotRequest{SandboxId: sandboxID, Name: name, Replace: replace}))
 	if err != nil {
 		return Template{}, hostError(err)
 	}

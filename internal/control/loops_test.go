@@ -264,7 +264,7 @@ func TestTemplatesFollowTheHost(t *testing.T) {
 	if _, err := f.CreateSnapshot(t.Context(), sb.ID, "kept"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.host.CreateSnapshot(t.Context(), sb.ID, "unknown"); err != nil {
+	if _, err := f.host.CreateSnapshot(t.Context(), sb.ID, "unknown", false); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.store.CreateTemplate(t.Context(), control.Template{Name: "gone", Type: control.TemplateSnapshot}); err != nil {

@@ -307,9 +307,9 @@ func (s *Service) reconcileTemplates(ctx context.Context) ([]Template, error) {
 		}
 		return fork
 	})
-	have := map[string]bool{}
+	have := map[string]Template{}
 	for _, r := range rows {
-		have[r.Name] = true
+		have[r.Name] = r
 	}
 	for i := range list {
 		t := &list[i]
@@ -320,11 +320,14 @@ func (s *Service) reconcileTemplates(ctx context.Context) ([]Template, error) {
 			t.CreatedAt = s.clock.Now()
 		}
 		t.CreatedAt = stamp(t.CreatedAt)
-		if have[t.Name] {
-			delete(have, t.Name)
+		old, known := have[t.Name]
+		delete(have, t.Name)
+		// One that was replaced, and the server killed before it wrote so, has
+		// another time.
+		if known && (t.Type == TemplateBase || old.CreatedAt.Equal(t.CreatedAt)) {
 			continue
 		}
-		if err := s.correctTemplate(ctx, seq, t.Name, func() error { return s.store.CreateTemplate(ctx, *t) }); err != nil {
+		if err := s.correctTemplate(ctx, seq, t.Name, func() error { return s.store.PutTemplate(ctx, *t) }); err != nil {
 			return nil, err
 		}
 	}

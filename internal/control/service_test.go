@@ -160,6 +160,20 @@ func TestSnapshotFixesSize(t *testing.T) {
 	code(t, err, control.CodeConflict)
 	_, err = f.CreateSnapshot(t.Context(), sb.ID, "base")
 	code(t, err, control.CodeConflict)
+	again, err := f.ReplaceSnapshot(t.Context(), sb.ID, "warm")
+	if err != nil || !again.CreatedAt.After(snap.CreatedAt) {
+		t.Errorf("replaced: %+v, %v; it was %+v", again, err, snap)
+	}
+	if got, err := f.GetSnapshot(t.Context(), "warm"); err != nil || !got.CreatedAt.Equal(again.CreatedAt) {
+		t.Errorf("after it was replaced: %+v, %v", got, err)
+	}
+	_, err = f.ReplaceSnapshot(t.Context(), sb.ID, "base")
+	code(t, err, control.CodeConflict)
+	if _, err := f.CreateSnapshot(t.Context(), sb.ID, "built.123456789012"); err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.ReplaceSnapshot(t.Context(), sb.ID, "built.123456789012")
+	code(t, err, control.CodeConflict)
 	code(t, f.DeleteSnapshot(t.Context(), "base"), control.CodeConflict)
 	if err := f.DeleteSnapshot(t.Context(), "warm"); err != nil {
 		t.Fatal(err)

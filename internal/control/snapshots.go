@@ -4,11 +4,26 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 )
 
-// CreateSnapshot freezes a running or paused sandbox under a name. The source
-// is in the same state afterwards.
-func (s *Service) CreateSnapshot(ctx context.Context, sandboxID, name string) (_ Template, err error) {
+// CreateSnapshot freezes a running or paused sandbox under a name that is free.
+// The source is in the same state afterwards.
+func (s *Service) CreateSnapshot(ctx context.Context, sandboxID, name string) (Template, error) {
+	return s.createSnapshot(ctx, sandboxID, name, false)
+}
+
+// ReplaceSnapshot is CreateSnapshot, but a snapshot that has the name gives way:
+// the name stands for the new one as soon as that is durable. What was made
+// from the old one is not touched.
+func (s *Service) ReplaceSnapshot(ctx context.Context, sandboxID, name string) (Template, error) {
+	return s.createSnapshot(ctx, sandboxID, name, true)
+}
+
+// builtRE is what snapshots of template builds are called; tags lead to them.
+var builtRE = regexp.MustCompile(`\.[0-9]{12}$`)
+
+func (s *Service) createSnapshot(ctx context.Context, sandboxID, name string, replace bool) (_ Template, err error) {
 	if err := ValidateID("sandbox_id", sandboxID); err != nil {
 		return Template{}, err
 	}
@@ -26,10 +41,10 @@ func (s *Service) CreateSnapshot(ctx context.Context, sandboxID, name string) (_
 	}
 	defer releaseName()
 	s.snapshots.Add(1)
-	switch _, err := s.store.GetTemplate(ctx, name); {
-	case err == nil:
+	switch have, err := s.store.GetTemplate(ctx, name); {
+	case err == nil && (!replace || have.Type != TemplateSnapshot || builtRE.MatchString(name)):
 		return Template{}, nameTaken(name)
-	case !errors.Is(err, ErrNotFound):
+	case err != nil && !errors.Is(err, ErrNotFound):
 		return Template{}, fmt.Errorf("read template %s: %w", name, err)
 	}
 	src, release, err := s.hold(ctx, sandboxID, "snapshot")
@@ -39,7 +54,7 @@ func (s *Service) CreateSnapshot(ctx context.Context, sandboxID, name string) (_
 	defer release()
 	defer s.observe("snapshot")(&err)
 	defer s.noted(ctx, sandboxID, EventSnapshot, name)(&err)
-	t, err := s.host.CreateSnapshot(ctx, sandboxID, name)
+	t, err := s.host.CreateSnapshot(ctx, sandboxID, name, replace)
 	if err != nil {
 		s.log.WarnContext(ctx, "snapshot failed", "sandbox", sandboxID, "name", name, "err", err)
 		s.wake() // The source may be lost, or the snapshot made after all.
@@ -54,7 +69,7 @@ func (s *Service) CreateSnapshot(ctx context.Context, sandboxID, name string) (_
 		t.CreatedAt = s.clock.Now()
 	}
 	t.CreatedAt = stamp(t.CreatedAt)
-	if err := s.store.CreateTemplate(ctx, t); err != nil && !errors.Is(err, ErrExists) {
+	if err := s.store.PutTemplate(ctx, t); err != nil {
 		s.wake() // It is on the host; reconciling adopts it.
 		return Template{}, fmt.Errorf("insert snapshot %s: %w", name, err)
 	}

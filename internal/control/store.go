@@ -54,6 +54,8 @@ type Store interface {
 
 	// CreateTemplate inserts t. ErrExists when the name is taken.
 	CreateTemplate(ctx context.Context, t Template) error
+	// PutTemplate inserts t, or writes it in place of the one of its name.
+	PutTemplate(ctx context.Context, t Template) error
 	// GetTemplate reads one. ErrNotFound.
 	GetTemplate(ctx context.Context, name string) (Template, error)
 	// ListTemplates gives them in order of name.

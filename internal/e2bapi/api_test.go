@@ -332,7 +332,9 @@ func TestSnapshotsForksAndNetwork(t *testing.T) {
 	for _, name := range []string{"a", "b", "c"} {
 		s.want(t, 201, "POST", "/sandboxes/"+id+"/snapshots", `{"name":"`+name+`"}`)
 	}
-	s.want(t, 409, "POST", "/sandboxes/"+id+"/snapshots", `{"name":"a"}`)
+	// A name that is there stands for the new snapshot from then on.
+	s.want(t, 201, "POST", "/sandboxes/"+id+"/snapshots", `{"name":"a"}`)
+	s.want(t, 409, "POST", "/sandboxes/"+id+"/snapshots", `{"name":"base"}`)
 	for query, want := range map[string]int{"sandboxID=" + id: 3, "sandboxID=" + other: 0, "name=b": 1, "": 3} {
 		var rows []any
 		if _, _, b := s.do(t, "GET", "/snapshots?"+query, ""); json.Unmarshal(b, &rows) != nil || len(rows) != want {

@@ -28,7 +28,7 @@ func (a *api) createSnapshot(w http.ResponseWriter, r *http.Request) error {
 	if name == "" {
 		name = "snap-" + control.NewID()
 	}
-	if _, err := a.svc.CreateSnapshot(r.Context(), id, name); err != nil {
+	if _, err := a.svc.ReplaceSnapshot(r.Context(), id, name); err != nil {
 		return err
 	}
 	reply(w, http.StatusCreated, snapshot{name, []string{name}})

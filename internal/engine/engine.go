@@ -232,16 +232,16 @@ func (e *Engine) loadNames() error {
 		if m.Kind == snapshot.KindPause {
 			continue
 		}
-		// Two of a name are what an import of a base leaves that was cut off
-		// before it removed the old one.
+		// Two of a name are what is left where a base was imported, or a snapshot
+		// replaced, and that was cut off before the old one was removed.
 		old, twice := newest[m.Name]
 		if twice && old.CreatedAt.After(m.CreatedAt) {
 			old, m = m, old
 		}
 		newest[m.Name], e.names[m.Name] = m, m.ID
-		if twice && old.Kind == snapshot.KindBase {
+		if twice && old.Kind == m.Kind {
 			if err := e.opts.Store.Delete(e.ctx, old.ID); err != nil {
-				return fmt.Errorf("remove the old base template %q: %w", old.Name, err)
+				return fmt.Errorf("remove the older template %q: %w", old.Name, err)
 			}
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
@@ -213,7 +214,7 @@ func (e *Engine) newCapture(sb *sandbox, kind, name string) *capturing {
 	j := sb.journal()
 	return &capturing{e: e, sb: sb, ph: e.newPhases(), own: e.ownMemory(), m: snapshot.Manifest{
 		Name: name, Kind: kind, SandboxID: j.ID, Parent: j.Template, Generation: j.Generation + 1,
-		CreatedAt: e.opts.Now().UTC(), VMM: vmmInfo(e.info, j.Run.KernelDigest, j),
+		CreatedAt: e.createdAt(name), VMM: vmmInfo(e.info, j.Run.KernelDigest, j),
 		EnvdVersion: j.Run.EnvdVersion, NetworkLayout: networkLayout, Annotations: j.Annotations,
 	}}
 }
@@ -358,14 +359,27 @@ func (e *Engine) destroySteps(sb *sandbox) []step {
 		})
 }
 
-// Snapshot freezes a running or paused sandbox under a name. The source goes
-// back to the state it was in.
+// SnapshotSpec says what to freeze.
+type SnapshotSpec struct {
+	Sandbox, Name string
+	// Replace lets a snapshot that has the name give way when the new one is
+	// durable; without it the name must be free.
+	Replace bool
+}
+
+// Snapshot freezes a running or paused sandbox under a name that is free. The
+// source goes back to the state it was in.
 func (e *Engine) Snapshot(ctx context.Context, id, name string) (snapshot.Manifest, Stats, error) {
+	return e.SnapshotAs(ctx, SnapshotSpec{Sandbox: id, Name: name})
+}
+
+// SnapshotAs is Snapshot by a spec.
+func (e *Engine) SnapshotAs(ctx context.Context, s SnapshotSpec) (snapshot.Manifest, Stats, error) {
 	ctx = context.WithoutCancel(ctx)
-	if err := checkName(name); err != nil {
+	if err := checkName(s.Name); err != nil {
 		return snapshot.Manifest{}, Stats{}, err
 	}
-	sb, err := e.find(id)
+	sb, err := e.find(s.Sandbox)
 	if err != nil {
 		return snapshot.Manifest{}, Stats{}, err
 	}
@@ -376,35 +390,67 @@ func (e *Engine) Snapshot(ctx context.Context, id, name string) (snapshot.Manife
 	if err := e.diskFor("a snapshot"); err != nil {
 		return snapshot.Manifest{}, Stats{}, err
 	}
-	if err := e.reserve(name); err != nil {
+	old, err := e.reserve(s.Name, s.Replace)
+	if err != nil {
 		return snapshot.Manifest{}, Stats{}, err
 	}
-	e.storeUse.RLock()
-	defer e.storeUse.RUnlock()
-	freeze := e.snapshotRunning
-	if sb.info().State == Paused {
-		freeze = e.snapshotPaused
-	}
-	m, stats, err := freeze(ctx, sb, name)
-	e.settleName(name, m.ID, err == nil)
+	m, stats, err := e.freeze(ctx, sb, s.Name)
+	e.settleName(s.Name, m.ID, err == nil)
 	if err != nil {
-		return m, stats, fmt.Errorf("snapshot sandbox %s as %q: %w", id, name, err)
+		return m, stats, fmt.Errorf("snapshot sandbox %s as %q: %w", s.Sandbox, s.Name, err)
 	}
-	e.compactAfter(ctx, m)
+	if !old.IsZero() {
+		// The new one has the name, whatever becomes of the old one: the next
+		// start removes what is older of a name.
+		if err := e.removeSnapshot(ctx, old); err != nil {
+			e.log.Error("a snapshot whose name was given to another is not removed yet", "name", s.Name, "err", err)
+		}
+	}
 	return m, stats, nil
 }
 
-// reserve takes a name until settleName says what became of it.
-func (e *Engine) reserve(name string) error {
+func (e *Engine) freeze(ctx context.Context, sb *sandbox, name string) (m snapshot.Manifest, stats Stats, err error) {
+	e.storeUse.RLock()
+	defer e.storeUse.RUnlock()
+	if sb.info().State == Paused {
+		m, stats, err = e.snapshotPaused(ctx, sb, name)
+	} else {
+		m, stats, err = e.snapshotRunning(ctx, sb, name)
+	}
+	if err == nil {
+		e.compactAfter(ctx, m)
+	}
+	return m, stats, err
+}
+
+// reserve takes a name until settleName says what became of it. Where it may be
+// replaced, old is the snapshot that has it.
+func (e *Engine) reserve(name string, replace bool) (old format.ID, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	_, isBase := e.bases[name]
-	_, taken := e.names[name]
-	if isBase || taken || e.reserved[name] {
-		return fmt.Errorf("a template named %q %w; choose another name or remove it first", name, ErrExists)
+	old, taken := e.names[name]
+	if isBase || taken && !replace || e.reserved[name] {
+		return old, fmt.Errorf("a template named %q %w; choose another name or remove it first", name, ErrExists)
 	}
 	e.reserved[name] = true
-	return nil
+	return old, nil
+}
+
+// createdAt is the time of a manifest made now: of two of a name the newer one
+// is later, whatever the clock does.
+func (e *Engine) createdAt(name string) time.Time {
+	now := e.opts.Now().UTC()
+	e.mu.Lock()
+	id, taken := e.names[name]
+	e.mu.Unlock()
+	if !taken || name == "" {
+		return now
+	}
+	if m, err := e.opts.Store.Manifest(id); err == nil && !now.After(m.CreatedAt) {
+		return m.CreatedAt.Add(time.Microsecond)
+	}
+	return now
 }
 
 func (e *Engine) settleName(name string, id format.ID, ok bool) {
@@ -470,7 +516,7 @@ func (c *copying) copyState(context.Context) error {
 
 func (c *copying) commit(ctx context.Context) error {
 	m := c.from
-	m.ID, m.Name, m.Kind, m.CreatedAt = format.ID{}, c.name, snapshot.KindSnapshot, c.e.opts.Now().UTC()
+	m.ID, m.Name, m.Kind, m.CreatedAt = format.ID{}, c.name, snapshot.KindSnapshot, c.e.createdAt(c.name)
 	m.Annotations = c.sb.journal().Annotations // not the pause's, which are a journal
 	err := c.txn.Commit(ctx, m)
 	if err != nil {

@@ -222,7 +222,8 @@ func (e *Engine) DeleteSnapshot(ctx context.Context, name string) error {
 	e.mu.Lock()
 	_, isBase := e.bases[name]
 	id, known := e.names[name]
-	if known && !isBase {
+	busy := e.reserved[name]
+	if known && !isBase && !busy {
 		delete(e.names, name)
 	}
 	e.mu.Unlock()
@@ -232,14 +233,21 @@ func (e *Engine) DeleteSnapshot(ctx context.Context, name string) error {
 	if !known {
 		return fmt.Errorf("snapshot %q: %w", name, ErrNotFound)
 	}
-	d := &deleting{e: e, id: id}
-	if err := e.perform(ctx, OpDeleteSnapshot, e.newPhases(), d.steps()); err != nil {
+	if busy {
+		return fmt.Errorf("%w: snapshot %q is being made", ErrState, name)
+	}
+	if err := e.removeSnapshot(ctx, id); err != nil {
 		if _, there := e.opts.Store.Manifest(id); there == nil {
 			e.settleName(name, id, true)
 		}
 		return fmt.Errorf("delete snapshot %q: %w", name, err)
 	}
 	return nil
+}
+
+func (e *Engine) removeSnapshot(ctx context.Context, id format.ID) error {
+	d := &deleting{e: e, id: id}
+	return e.perform(ctx, OpDeleteSnapshot, e.newPhases(), d.steps())
 }
 
 // deleting removes a named snapshot.

@@ -24,6 +24,15 @@ func (d *DB) CreateTemplate(ctx context.Context, t control.Template) error {
 	return inserted(err)
 }
 
+// PutTemplate implements control.Store.
+func (d *DB) PutTemplate(ctx context.Context, t control.Template) error {
+	_, err := d.db.ExecContext(ctx, `INSERT INTO templates (`+templateColumns+`) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+		ON CONFLICT (name) DO UPDATE SET type = excluded.type, vcpus = excluded.vcpus, memory_mb = excluded.memory_mb,
+		size_bytes = excluded.size_bytes, generation = excluded.generation, parent = excluded.parent, created_at = excluded.created_at`,
+		t.Name, t.Type, t.VCPUs, t.MemoryMB, t.SizeBytes, t.Generation, t.Parent, micros(t.CreatedAt))
+	return err
+}
+
 // GetTemplate implements control.Store.
 func (d *DB) GetTemplate(ctx context.Context, name string) (control.Template, error) {
 	t, err := scanTemplate(d.db.QueryRowContext(ctx, `SELECT `+templateColumns+` FROM templates WHERE name = $1`, name))

@@ -321,7 +321,7 @@ func (h *Host) WatchSandboxes(ctx context.Context, changed func(control.HostEven
 }
 
 // CreateSnapshot implements control.Host.
-func (h *Host) CreateSnapshot(_ context.Context, id, name string) (control.Template, error) {
+func (h *Host) CreateSnapshot(_ context.Context, id, name string, replace bool) (control.Template, error) {
 	s, end, err := h.begin(id)
 	if err != nil {
 		return control.Template{}, err
@@ -332,7 +332,7 @@ func (h *Host) CreateSnapshot(_ context.Context, id, name string) (control.Templ
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if _, ok := h.snapshots[name]; ok {
+	if _, ok := h.snapshots[name]; ok && !replace {
 		return control.Template{}, Err(control.CodeConflict, "name: %s is taken", name)
 	}
 	t := control.Template{

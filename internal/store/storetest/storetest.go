@@ -276,6 +276,14 @@ func templates(t *testing.T, s control.Store) {
 	bases, err := s.ListTemplates(ctx, control.TemplateFilter{Type: control.TemplateBase})
 	must(t, err)
 	same(t, bases, list[2:3])
+	changed := list[0]
+	changed.SizeBytes, changed.Generation, changed.CreatedAt = 7, 4, base.Add(time.Hour)
+	for _, x := range []control.Template{changed, {Name: "new", Type: control.TemplateSnapshot, CreatedAt: base}} {
+		must(t, s.PutTemplate(ctx, x))
+		got, err := s.GetTemplate(ctx, x.Name)
+		must(t, err)
+		same(t, got, x)
+	}
 	must(t, s.DeleteTemplate(ctx, "a-b"))
 	want(t, s.DeleteTemplate(ctx, "a-b"), control.ErrNotFound)
 	_, err = s.GetTemplate(ctx, "a-b")

@@ -81,7 +81,7 @@ TABLE = {
     "a name that is denied": ((SandboxException, "400", "denyOut"), lambda S, b: b.update_network({"deny_out": ["example.com"]})),
     "an IPv6 rule": ((SandboxException, "400", "IPv6"), lambda S, b: b.update_network({"deny_out": ["2001:db8::/32"]})),
     "rules of requests": ((SandboxException, "400", "rules"),
-                          lambda S, b: S.create(network={"rules": {"a.example": [{"transform": {"headers": {"a": "b"}}}]}})),
+                          lambda S, b: S.create(network={"rules": {"a.example": [{"transform": {"headers": {"Host": "b"}}}]}})),
     "a proxy for traffic out": ((SandboxException, "400", "egressProxy"),
                                 lambda S, b: S.create(network={"egress_proxy": {"address": "a.example:1080"}})),
     "an MCP gateway": (SandboxException, lambda S, b: S.create(mcp={"exa": {"apiKey": "x"}})),

@@ -1356,7 +1356,9 @@ type CreateSnapshotRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// Matches [a-z0-9][a-z0-9._-]{0,62}.
-	Name          string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// A snapshot that has the name gives way when the new one is durable.
+	Replace       bool `protobuf:"varint,3,opt,name=replace,proto3" json:"replace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1403,6 +1405,13 @@ func (x *CreateSnapshotRequest) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+func (x *CreateSnapshotRequest) GetReplace() bool {
+	if x != nil {
+		return x.Replace
+	}
+	return false
 }
 
 type CreateSnapshotResponse struct {
@@ -3804,11 +3813,12 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x16WatchSandboxesResponse\x12/\n" +
 	"\asandbox\x18\x01 \x01(\v2\x15.hostagent.v1.SandboxR\asandbox\x12\x18\n" +
 	"\aremoved\x18\x02 \x01(\bR\aremoved\x12\x16\n" +
-	"\x06synced\x18\x03 \x01(\bR\x06synced\"J\n" +
+	"\x06synced\x18\x03 \x01(\bR\x06synced\"d\n" +
 	"\x15CreateSnapshotRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\"y\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
+	"\areplace\x18\x03 \x01(\bR\areplace\"y\n" +
 	"\x16CreateSnapshotResponse\x122\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x16.hostagent.v1.SnapshotR\bsnapshot\x12+\n" +
 	"\x05stats\x18\x02 \x01(\v2\x15.hostagent.v1.OpStatsR\x05stats\"+\n" +
