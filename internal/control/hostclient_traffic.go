@@ -23,7 +23,7 @@ func egressOf(e *Egress) *hostagentv1.Egress {
 	if e == nil {
 		return nil
 	}
-	out := &hostagentv1.Egress{DenyInternet: e.Internet != nil && !*e.Internet, Allow: e.Allow, Deny: e.Deny}
+	out := &hostagentv1.Egress{DenyInternet: e.Internet != nil && !*e.Internet, Allow: e.open(), Deny: e.Deny}
 	for host, rules := range e.Rules {
 		if out.Headers == nil {
 			out.Headers = map[string]*hostagentv1.Headers{}

@@ -24,6 +24,8 @@ type SandboxOptions struct {
 	TrafficToken string `json:"traffic_token,omitempty"`
 	// HostMask is the Host that published ports see; "${PORT}" is the port.
 	HostMask string `json:"host_mask,omitempty"`
+	// HTTPSPorts are published ports on which the guest's programs speak TLS.
+	HTTPSPorts []int `json:"https_ports,omitempty"`
 	// Egress is what the guest may reach; nil is the default.
 	Egress *Egress `json:"egress,omitempty"`
 	// Alias is the built template whose tag led to the row's Template.
@@ -31,9 +33,30 @@ type SandboxOptions struct {
 }
 
 func (o SandboxOptions) clone() SandboxOptions {
-	o.Egress = o.Egress.clone()
+	o.Egress, o.HTTPSPorts = o.Egress.clone(), slices.Clone(o.HTTPSPorts)
 	return o
 }
+
+// maxHTTPSPorts bounds SandboxOptions.HTTPSPorts.
+const maxHTTPSPorts = 128
+
+func validateHTTPSPorts(ports []int) error {
+	if len(ports) > maxHTTPSPorts {
+		return Invalid("httpsPorts", "must have at most %d ports; has %d", maxHTTPSPorts, len(ports))
+	}
+	for _, p := range ports {
+		switch {
+		case p < 1 || p > 65535:
+			return Invalid("httpsPorts", "%d is no port: must be 1 to 65535", p)
+		case p == agentPort:
+			return Invalid("httpsPorts", "%d is the guest agent's port, which speaks no TLS", p)
+		}
+	}
+	return nil
+}
+
+// agentPort is where the guest agent listens.
+const agentPort = 49983
 
 // Egress is what a guest may reach of the public IPv4 internet; private ranges
 // are closed in any case. What is allowed goes before what is denied.
@@ -44,6 +67,10 @@ type Egress struct {
 	// below it. Names need all else denied.
 	Allow []string `json:"allow,omitempty"`
 	Deny  []string `json:"deny,omitempty"`
+	// DNSServers are addresses that are open, too, where Allow has names. Queries
+	// by UDP are answered by the host all the same: nil and none differ only in
+	// what is told of them.
+	DNSServers []string `json:"dns_servers,omitzero"`
 	// Rules change the guest's requests to hosts: those of a name, or of all
 	// names below one. They open nothing. Their headers are secrets.
 	Rules map[string][]EgressRule `json:"rules,omitempty"`
@@ -60,7 +87,7 @@ func (e *Egress) clone() *Egress {
 		return nil
 	}
 	c := *e
-	c.Allow, c.Deny = slices.Clone(e.Allow), slices.Clone(e.Deny)
+	c.Allow, c.Deny, c.DNSServers = slices.Clone(e.Allow), slices.Clone(e.Deny), slices.Clone(e.DNSServers)
 	c.Rules = maps.Clone(e.Rules)
 	for host, rules := range c.Rules {
 		rules = slices.Clone(rules)
@@ -102,7 +129,28 @@ func (e *Egress) validate() error {
 	if err := e.validateRules(); err != nil {
 		return err
 	}
+	if len(e.DNSServers) > maxDNSServers {
+		return Invalid("dnsServers", "must have at most %d addresses; has %d", maxDNSServers, len(e.DNSServers))
+	}
+	for _, s := range e.DNSServers {
+		if a, err := netip.ParseAddr(s); err != nil || !a.Is4() {
+			return Invalid("dnsServers", "%.64q is no IPv4 address", s)
+		}
+	}
 	return e.validateNames()
+}
+
+const maxDNSServers = 10
+
+// open is what the host lets through: the servers belong to names.
+func (e *Egress) open() []string {
+	out := slices.Clone(e.Allow)
+	if slices.ContainsFunc(e.Allow, domainRE.MatchString) {
+		for _, s := range e.DNSServers {
+			out = append(out, s+"/32")
+		}
+	}
+	return out
 }
 
 var domainRE = regexp.MustCompile(`^(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])?$`)

@@ -144,6 +144,9 @@ func (p *CreateParams) validate() error {
 			return err
 		}
 	}
+	if err := validateHTTPSPorts(p.Options.HTTPSPorts); err != nil {
+		return err
+	}
 	if err := p.Options.Egress.validate(); err != nil {
 		return err
 	}

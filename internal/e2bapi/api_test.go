@@ -204,6 +204,12 @@ func TestBadInputNamesItsField(t *testing.T) {
 		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"rules":{"a":[]}}}`, "rules"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"allowOut":["a.example"]}}`, "allowOut"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"denyOut":["::/0"]}}`, "denyOut"},
+		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"httpsPorts":[49983]}}`, "httpsPorts"},
+		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"httpsPorts":[70000]}}`, "httpsPorts"},
+		{"POST", "/v2/sandboxes", `{"templateID":"base","network":{"httpsPorts":["a"]}}`, "httpsPorts"},
+		{"PUT", "/sandboxes/" + id + "/network", `{"httpsPorts":[3000]}`, "httpsPorts"},
+		{"PUT", "/sandboxes/" + id + "/network", `{"dnsServers":["dns.example"]}`, "dnsServers"},
+		{"PUT", "/sandboxes/" + id + "/network", `{"dnsServers":["1.1.1.1","1.1.1.2","1.1.1.3","1.1.1.4","1.1.1.5","1.1.1.6","1.1.1.7","1.1.1.8","1.1.1.9","1.1.1.10","1.1.1.11"]}`, "dnsServers"},
 		{"POST", "/v2/sandboxes", `{"templateID":"base","autoPause":true,"autoPauseMemory":false,"autoResume":{"enabled":true}}`, "autoResume"},
 		{"POST", "/v2/sandboxes/" + id + "/connect", `{"timeout":-1}`, "timeout"},
 		{"POST", "/sandboxes/" + id + "/timeout", `{}`, "timeout"},
@@ -327,7 +333,7 @@ func TestListing(t *testing.T) {
 
 func TestSnapshotsForksAndNetwork(t *testing.T) {
 	s := setup(t)
-	id := s.create(t, `{"templateID":"base","network":{"allowPublicTraffic":false,"denyOut":["0.0.0.0/0"]},"allow_internet_access":true}`)
+	id := s.create(t, `{"templateID":"base","network":{"allowPublicTraffic":false,"denyOut":["0.0.0.0/0"],"httpsPorts":[3000]},"allow_internet_access":true}`)
 	other := s.create(t, `{"templateID":"base"}`)
 	for _, name := range []string{"a", "b", "c"} {
 		s.want(t, 201, "POST", "/sandboxes/"+id+"/snapshots", `{"name":"`+name+`"}`)
@@ -360,9 +366,16 @@ func TestSnapshotsForksAndNetwork(t *testing.T) {
 		}
 	}
 	s.want(t, 204, "PUT", "/sandboxes/"+id+"/network", `{"allowOut":["192.0.2.1"],"allow_internet_access":false}`)
+	if _, _, b := s.do(t, "GET", "/sandboxes/"+id, ""); !strings.Contains(string(b), `"httpsPorts":[3000]`) {
+		t.Errorf("detail: %s", b)
+	}
 	e := s.host.Egress(id)
 	if e == nil || e.Internet == nil || *e.Internet || len(e.Deny) != 0 || e.Allow[0] != "192.0.2.1/32" {
 		t.Errorf("egress: %+v", e)
+	}
+	s.want(t, 204, "PUT", "/sandboxes/"+id+"/network", `{"allowOut":["a.example"],"denyOut":["0.0.0.0/0"],"dnsServers":[]}`)
+	if _, _, b := s.do(t, "GET", "/sandboxes/"+id, ""); !strings.Contains(string(b), `"dnsServers":[]`) {
+		t.Errorf("detail: %s", b)
 	}
 	s.want(t, 204, "PUT", "/sandboxes/"+id+"/network", `{"rules":{"*.API.example":[{"transform":{"headers":{"X-Key":"k"}}},{}]}}`)
 	if e := s.host.Egress(id); e == nil || len(e.Allow) != 0 || len(e.Rules["*.api.example"]) != 2 || e.Rules["*.api.example"][0].Headers["X-Key"] != "k" {

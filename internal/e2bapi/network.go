@@ -13,9 +13,9 @@ type network struct {
 	AllowOut           []string        `json:"allowOut,omitempty"`
 	DenyOut            []string        `json:"denyOut,omitempty"`
 	MaskRequestHost    string          `json:"maskRequestHost,omitempty"`
-	DNSServers         json.RawMessage `json:"dnsServers,omitempty"`
+	DNSServers         []string        `json:"dnsServers,omitzero"`
 	EgressProxy        json.RawMessage `json:"egressProxy,omitempty"`
-	HTTPSPorts         json.RawMessage `json:"httpsPorts,omitempty"`
+	HTTPSPorts         []int           `json:"httpsPorts,omitempty"`
 	// Rules are by host name.
 	Rules map[string][]networkRule `json:"rules,omitempty"`
 	// AllowInternet is part of an update alone.
@@ -70,7 +70,7 @@ func (n *network) check() error {
 	for _, f := range []struct {
 		name string
 		raw  json.RawMessage
-	}{{"dnsServers", n.DNSServers}, {"egressProxy", n.EgressProxy}, {"httpsPorts", n.HTTPSPorts}} {
+	}{{"egressProxy", n.EgressProxy}} {
 		if given(f.raw) {
 			return control.Invalid("network."+f.name, "is not supported")
 		}
@@ -79,10 +79,10 @@ func (n *network) check() error {
 }
 
 func (n *network) egress() *control.Egress {
-	if len(n.AllowOut)+len(n.DenyOut)+len(n.Rules) == 0 && n.AllowInternet == nil {
+	if len(n.AllowOut)+len(n.DenyOut)+len(n.Rules) == 0 && n.DNSServers == nil && n.AllowInternet == nil {
 		return nil
 	}
-	return &control.Egress{Internet: n.AllowInternet, Allow: n.AllowOut, Deny: n.DenyOut, Rules: n.rules()}
+	return &control.Egress{Internet: n.AllowInternet, Allow: n.AllowOut, Deny: n.DenyOut, DNSServers: n.DNSServers, Rules: n.rules()}
 }
 
 // into puts a create's wishes into o.
@@ -99,16 +99,16 @@ func (n *network) into(o *control.SandboxOptions) error {
 	if len(n.MaskRequestHost) > 255 {
 		return control.Invalid("network.maskRequestHost", "must have at most 255 characters")
 	}
-	o.HostMask = n.MaskRequestHost
+	o.HostMask, o.HTTPSPorts = n.MaskRequestHost, n.HTTPSPorts
 	o.Egress = n.egress()
 	return nil
 }
 
 func networkOf(o control.SandboxOptions) *network {
 	public := !o.PrivatePorts
-	n := &network{AllowPublicTraffic: &public, MaskRequestHost: o.HostMask}
+	n := &network{AllowPublicTraffic: &public, MaskRequestHost: o.HostMask, HTTPSPorts: o.HTTPSPorts}
 	if o.Egress != nil {
-		n.AllowOut, n.DenyOut, n.Rules = o.Egress.Allow, o.Egress.Deny, rulesOf(o.Egress)
+		n.AllowOut, n.DenyOut, n.Rules, n.DNSServers = o.Egress.Allow, o.Egress.Deny, rulesOf(o.Egress), o.Egress.DNSServers
 	}
 	return n
 }
@@ -122,6 +122,9 @@ func (a *api) setNetwork(w http.ResponseWriter, r *http.Request) error {
 	}
 	if err := b.check(); err != nil {
 		return err
+	}
+	if len(b.HTTPSPorts) > 0 {
+		return control.Invalid("network.httpsPorts", "can be given when the sandbox is created, not changed")
 	}
 	if _, err := a.svc.SetEgress(r.Context(), id, b.egress()); err != nil {
 		return err

@@ -23,8 +23,9 @@ type Egress struct {
 	Headers egress.Rules `json:"headers,omitempty"`
 }
 
-// maxEgress bounds each list of an Egress.
-const maxEgress = 256
+// maxEgress bounds each list of an Egress: the control plane's own bound, and
+// some addresses that it adds.
+const maxEgress = 256 + 16
 
 func (e *Egress) check() error {
 	if e == nil {

@@ -237,6 +237,9 @@ func TestGatewayOnly(t *testing.T) {
 		if got := try("/init", remote); got != http.StatusForbidden {
 			t.Errorf("init from %q: %d", remote, got)
 		}
+		if got := try("/trust", remote, tokenHeader, testToken); got != http.StatusForbidden {
+			t.Errorf("POST /trust from %s: %d", remote, got)
+		}
 		if got := try("/sync", remote, tokenHeader, testToken); got != http.StatusForbidden {
 			t.Errorf("sync from %q: %d", remote, got)
 		}

@@ -172,7 +172,7 @@ func TestWhatTheGuestSees(t *testing.T) {
 func TestTheHostsOwnCallsAreNotForwarded(t *testing.T) {
 	w := setup(t, echo)
 	id := w.create(t, control.SandboxOptions{})
-	for _, path := range []string{"/init", "/sync", "//init", "/Init", "/init/", "/%69nit", "/x/../init", "/./init"} {
+	for _, path := range []string{"/init", "/sync", "/trust", "//trust", "/Trust/", "//init", "/Init", "/init/", "/%69nit", "/x/../init", "/./init"} {
 		if code, _, body := w.do(t, "POST", path, "E2b-Sandbox-Id: "+id); code != http.StatusNotFound {
 			t.Errorf("%s: %d %s", path, code, body)
 		}
@@ -367,6 +367,46 @@ func TestAStreamThatBreaksIsResetAndTheSandboxIsGoneByThen(t *testing.T) {
 	}
 	if code, _, _ := w.do(t, "GET", "/health", "E2b-Sandbox-Id: "+id); code != 502 {
 		t.Errorf("/health: %d", code)
+	}
+}
+
+// A port of httpsPorts is spoken to over TLS, whoever certified it; others are
+// not, and the guest agent's never is.
+func TestPortsThatSpeakTLS(t *testing.T) {
+	w := setup(t, echo)
+	secure := httptest.NewTLSServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Upgrade") != "" {
+			if c, err := websocket.Accept(rw, r, nil); err == nil {
+				_ = c.Write(r.Context(), websocket.MessageText, []byte("hi"))
+				c.CloseNow()
+			}
+			return
+		}
+		fmt.Fprintf(rw, "%s over TLS", r.Host)
+	}))
+	t.Cleanup(secure.Close)
+	w.host.OnDial(func(_ string, port int) (net.Conn, error) {
+		if port == 8443 {
+			return net.Dial("tcp", secure.Listener.Addr().String())
+		}
+		return net.Dial("tcp", w.guest.Listener.Addr().String())
+	})
+	id := w.create(t, control.SandboxOptions{HTTPSPorts: []int{8443}})
+	if code, _, body := w.do(t, "GET", "/", "Host: 8443-"+id+".x"); code != 200 || body != "8443-"+id+".x over TLS" {
+		t.Errorf("%d %s", code, body)
+	}
+	if code, _, body := w.do(t, "GET", "/", "Host: 8080-"+id+".x"); code != 200 || !strings.Contains(body, `"path":"/"`) {
+		t.Errorf("a plain port: %d %s", code, body)
+	}
+	c, _, err := websocket.Dial(t.Context(), w.URL, &websocket.DialOptions{
+		HTTPHeader: http.Header{"E2b-Sandbox-Id": {id}, "E2b-Sandbox-Port": {"8443"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.CloseNow()
+	if _, b, err := c.Read(t.Context()); err != nil || string(b) != "hi" {
+		t.Errorf("%q, %v", b, err)
 	}
 }
 

@@ -123,7 +123,7 @@ func unforwarded(r *http.Request, rt route) (string, int) {
 // the path is written.
 func hostsOwn(path string) bool {
 	first := strings.TrimLeft(path, "/")
-	for _, own := range []string{"init", "sync"} {
+	for _, own := range []string{"init", "sync", "trust"} {
 		if strings.EqualFold(first, own) || strings.HasPrefix(strings.ToLower(first), own+"/") {
 			return true
 		}

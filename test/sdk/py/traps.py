@@ -197,7 +197,8 @@ def names_in_the_rules():
         s.pause()
         s.connect(timeout=300)
         assert s.commands.run("python3 ask.py other.example").stdout == REFUSED
-        s.update_network({"allow_out": ["other.example"], "allow_internet_access": False})
+        s.update_network({"allow_out": ["other.example"], "allow_internet_access": False, "dns_servers": ["9.9.9.9"]})
+        assert s.get_info().network["dns_servers"] == ["9.9.9.9"]
         assert s.commands.run("python3 ask.py other.example").stdout != REFUSED
         assert s.commands.run("python3 ask.py a.wrenn.test").stdout == REFUSED
         assert s.get_info().allow_internet_access is False
@@ -217,10 +218,26 @@ def published_ports():
     assert r.read() == b"page\n"
 
 
+TLS_SERVER = """
+import http.server, ssl
+s = http.server.HTTPServer(("", 8443), http.server.SimpleHTTPRequestHandler)
+c = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+c.load_cert_chain("c.pem", "k.pem")
+s.socket = c.wrap_socket(s.socket, server_side=True)
+s.serve_forever()
+"""
+
+
 @check
 def private_ports_ask_for_a_token():
-    s = Sandbox.create(timeout=120, network={"allow_public_traffic": False})
+    s = Sandbox.create(timeout=120, network={"allow_public_traffic": False, "https_ports": [8443]})
     try:
+        # A program of the guest's that speaks TLS, with a certificate of its own.
+        s.files.write("tls.py", TLS_SERVER)
+        s.commands.run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout k.pem -out c.pem 2>/dev/null")
+        s.commands.run("python3 tls.py >/dev/null 2>&1", background=True, timeout=0)
+        eventually(lambda: proxied(s, "/tls.py", port=8443, **{"E2b-Traffic-Access-Token": s.traffic_access_token}) == (200, TLS_SERVER.encode()))
+        assert s.get_info().network["https_ports"] == [8443]
         assert s.traffic_access_token
         s.commands.run("python3 -m http.server 8080 >/dev/null 2>&1", background=True, timeout=0)
         assert proxied(s, "/", port=8080)[0] == 403
