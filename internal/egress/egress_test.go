@@ -372,6 +372,43 @@ func TestWebSocketsPass(t *testing.T) {
 	}
 }
 
+// A guest that asks for much and reads nothing is refused beyond a bound, and
+// what was begun ends with the rules.
+func TestRequestsOfAGuestAreBounded(t *testing.T) {
+	w := newWorld(t, apiRules)
+	begun := make(chan struct{}, 2*maxRequests)
+	release := make(chan struct{})
+	slow := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		begun <- struct{}{}
+		select {
+		case <-release:
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(slow.Close)
+	defer close(release)
+	w.hosts[netip.AddrPortFrom(realAddr, 80)] = slow.Listener.Addr().String()
+	ask := func() net.Conn {
+		c := w.connect(realAddr, 80)
+		fmt.Fprint(c, "GET / HTTP/1.1\r\nHost: api.example\r\n\r\n")
+		return c
+	}
+	for range maxRequests {
+		ask()
+	}
+	for range maxRequests {
+		select {
+		case <-begun:
+		case <-time.After(time.Minute):
+			t.Fatal("not all requests arrive")
+		}
+	}
+	res, err := http.ReadResponse(bufio.NewReader(ask()), nil)
+	if err != nil || res.StatusCode != http.StatusTooManyRequests {
+		t.Errorf("one too many: %+v, %v", res, err)
+	}
+}
+
 func TestRulesAreChecked(t *testing.T) {
 	many := Rules{}
 	for i := range maxHosts + 1 {

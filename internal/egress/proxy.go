@@ -39,12 +39,17 @@ func New(o Options) hostnet.Web { return &web{o} }
 
 type web struct{ o Options }
 
-// Bounds of what one guest's connection holds, and waits.
+// Bounds of what one guest's connections hold, and wait. A guest that does not
+// read, or whose host does not, has us keep no more than the buffers.
 const (
-	maxStreams = 32
-	headerWait = 30 * time.Second
-	idleWait   = 2 * time.Minute
-	dialWait   = 15 * time.Second
+	maxStreams   = 32
+	maxRequests  = 512 // of one guest at a time
+	streamBuffer = 64 << 10
+	connBuffer   = 512 << 10
+	maxAnswer    = 256 << 10 // of an answer's headers
+	headerWait   = 30 * time.Second
+	idleWait     = 2 * time.Minute
+	dialWait     = 15 * time.Second
 )
 
 // proxy is a web at work for one slot.
@@ -56,20 +61,23 @@ type proxy struct {
 	server *http.Server
 	taken  *feed
 	out    *http.Transport
+	turns  chan struct{}
 }
 
 // Open implements hostnet.Web.
 func (w *web) Open(way hostnet.Way) hostnet.WebHandler {
-	p := &proxy{Options: w.o, way: way, taken: newFeed()}
+	p := &proxy{Options: w.o, way: way, taken: newFeed(), turns: make(chan struct{}, maxRequests)}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.out = &http.Transport{
 		DialContext: p.dialName, TLSHandshakeTimeout: dialWait, IdleConnTimeout: idleWait,
 		MaxIdleConnsPerHost: 8, MaxIdleConns: 64, DisableCompression: true, ForceAttemptHTTP2: true,
-		TLSClientConfig: &tls.Config{RootCAs: p.Roots},
+		TLSClientConfig: &tls.Config{RootCAs: p.Roots}, MaxResponseHeaderBytes: maxAnswer,
+		HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: streamBuffer, MaxReceiveBufferPerConnection: connBuffer},
 	}
 	p.server = &http.Server{
 		Handler: p, ReadHeaderTimeout: headerWait, IdleTimeout: idleWait, MaxHeaderBytes: maxPeek,
-		HTTP2:       &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: maxStreams,
+			MaxReceiveBufferPerStream: streamBuffer, MaxReceiveBufferPerConnection: connBuffer},
 		BaseContext: func(net.Listener) context.Context { return p.ctx },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			if t, ok := c.(*tls.Conn); ok {
@@ -169,6 +177,14 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	case r.Method == http.MethodTrace || r.Method == http.MethodConnect:
 		http.Error(w, r.Method+" is not passed on", http.StatusMethodNotAllowed)
+		return
+	}
+	select {
+	case p.turns <- struct{}{}:
+		defer func() { <-p.turns }()
+	default:
+		w.Header().Set("Retry-After", "1")
+		http.Error(w, "too many requests are under way", http.StatusTooManyRequests)
 		return
 	}
 	headers := p.Rules.find(f.host)
