@@ -65,6 +65,7 @@ func TestBundleHoldsWhatHelpsAndNoSecret(t *testing.T) {
 	journal, err := json.Marshal(map[string]any{
 		"version": 1, "id": "box", "template": "base", "state": "error", "error": "the guest said envsecret1, twice",
 		"envs": map[string]string{"A": "envsecret1", "B": "x"}, "annotations": notes, "access_token": "tokensecret1",
+		"egress":     map[string]any{"headers": map[string]any{"a.example": map[string]string{"X-Key": "headersecret1"}}},
 		"machine_id": "machinesecret1", "something_new": "newsecret1", "run": map[string]any{"slot": 7, "life": "lifesecret1"},
 	})
 	if err != nil {
@@ -82,7 +83,7 @@ func TestBundleHoldsWhatHelpsAndNoSecret(t *testing.T) {
 	dir := t.TempDir()
 	writeFiles(t, dir, map[string]string{
 		"api-key": "wrn_keysecret1\n", "wrenn.db": "dbsecret1", "sandboxes/box/journal.json": string(journal),
-		"sandboxes/box/console.log": "consolesecret1", "sandboxes/box/qemu.log": "qemu says tokensecret1",
+		"sandboxes/box/console.log": "consolesecret1", "sandboxes/box/qemu.log": "qemu says tokensecret1 and headersecret1",
 		"sandboxes/torn/journal.json":     `{"access_token": "tornsecret1`,
 		"store/snapshots/s/manifest.json": `{"version":1,"manifest":{"id":"s","kind":"pause","annotations":"annosecret1","vmm":{"kind":"qemu"}}}`,
 		"store/snapshots/p/manifest.json": string(pause),

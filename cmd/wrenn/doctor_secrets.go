@@ -17,7 +17,7 @@ import (
 const shortSecret = 8
 
 // secretsOf makes what removes the secrets of a state directory from a text: the
-// API key, sandboxes' tokens, environments and metadata.
+// API key, sandboxes' tokens, environments, metadata and headers for hosts.
 func secretsOf(dir string) *strings.Replacer {
 	var secrets []string
 	hide := func(secret string) {
@@ -64,6 +64,9 @@ func hideJournal(text []byte, hide func(string)) {
 		Annotations []byte            `json:"annotations"`
 		AccessToken string            `json:"access_token"`
 		MachineID   string            `json:"machine_id"`
+		Egress      struct {
+			Headers map[string]map[string]string `json:"headers"`
+		} `json:"egress"`
 	}
 	if json.Unmarshal(text, &j) != nil {
 		return
@@ -72,6 +75,11 @@ func hideJournal(text []byte, hide func(string)) {
 	hide(j.MachineID)
 	for _, v := range j.Envs {
 		hide(v)
+	}
+	for _, headers := range j.Egress.Headers {
+		for _, v := range headers {
+			hide(v)
+		}
 	}
 	var notes any
 	if json.Unmarshal(j.Annotations, &notes) == nil {
