@@ -197,6 +197,39 @@ func commitDuringGC(t *testing.T, f *meanwhileFS, begun bool) (called bool) {
 	return called
 }
 
+// At every moment of a scrub a snapshot is compacted or deleted, and what it
+// does not need any more is removed: that is no damage, while a real one is.
+func TestVerifyTakesChangesForNoDamage(t *testing.T) {
+	for what, change := range map[string]func(*Store, Manifest) error{
+		"compacted": func(s *Store, m Manifest) error { _, err := s.Compact(bg, m.Memory.ID); return err },
+		"deleted":   func(s *Store, m Manifest) error { return s.Delete(bg, m.ID) },
+	} {
+		for n, called := 0, true; called; n++ {
+			called = false
+			mem := snaptest.NewFS()
+			f := &meanwhileFS{FS: mem, at: n}
+			s, err := Open("/store", Options{FS: f, Compaction: CompactionPolicy{MaxBuilds: 1}})
+			must(t, err)
+			kept, _ := scatter(t, s, 8, 2, 2)
+			m, _ := scatter(t, s, 8, 4, 1)
+			mem.Content(s.dataPath(kept.Memory.ID))[0] ^= 1
+			f.moment, f.meanwhile = 0, func() {
+				called = true
+				must(t, change(s, m))
+				_, err := s.GC(bg, nil, false)
+				must(t, err)
+			}
+			problems, err := s.Verify(bg, nil)
+			must(t, err)
+			f.meanwhile = nil
+			if len(problems) != 1 || !slices.Equal(problems[0].Affected, []format.ID{kept.ID}) {
+				t.Fatalf("%s at moment %d: %+v", what, n, problems)
+			}
+			must(t, s.Close())
+		}
+	}
+}
+
 // Readers, writers and GC at once: nobody sees another's work half done.
 func TestConcurrentUse(t *testing.T) {
 	s := openStore(t, snaptest.NewFS())

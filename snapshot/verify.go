@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
@@ -19,9 +20,11 @@ type Problem struct {
 
 // Verify reads everything that a manifest needs and returns what is damaged.
 // The error is about the scrub itself, such as a cancelled context. progress,
-// which may be nil, is told how many bytes are done of how many.
+// which may be nil, is told how many bytes are done of how many. Another process
+// may have the store: a snapshot that it deletes or compacts meanwhile is not
+// damaged for that.
 func (s *Store) Verify(ctx context.Context, progress func(done, total int64)) ([]Problem, error) {
-	v := &verifier{store: s, progress: progress, images: map[format.ID]*checkedImage{}, builds: map[format.BuildRef][]format.ID{}}
+	v := &verifier{store: s, progress: progress}
 	manifests, errs := s.Manifests()
 	for _, err := range errs {
 		var c *CorruptError
@@ -30,24 +33,70 @@ func (s *Store) Verify(ctx context.Context, progress func(done, total int64)) ([
 		}
 		v.problem([]format.ID{c.Image}, c.File, err)
 	}
-	for i := range manifests {
-		if err := ctx.Err(); err != nil {
-			return nil, fmt.Errorf("verify: %w", err)
-		}
-		v.manifest(&manifests[i])
-	}
 	if err := v.compactions(manifests); err != nil {
 		return nil, fmt.Errorf("verify: %w", err)
+	}
+	for len(manifests) > 0 {
+		err := v.scrub(ctx, manifests)
+		if err == nil {
+			manifests, err = v.changed(manifests)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("verify: %w", err)
+		}
+	}
+	return v.problems, nil
+}
+
+// scrub reads everything that the manifests need.
+func (v *verifier) scrub(ctx context.Context, manifests []Manifest) error {
+	v.images, v.builds = map[format.ID]*checkedImage{}, map[format.BuildRef][]format.ID{}
+	for i := range manifests {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		v.manifest(&manifests[i])
 	}
 	for ref := range v.builds {
 		v.total += int64(ref.Blocks) * blockSize
 	}
 	for ref, affected := range v.builds {
 		if err := v.build(ctx, ref, affected); err != nil {
-			return nil, fmt.Errorf("verify: %w", err)
+			return err
 		}
 	}
-	return v.problems, nil
+	return nil
+}
+
+// changed forgets what was wrong with manifests that have been deleted or
+// replaced since they were read, and returns the new ones: what the old ones
+// named may have gone for that reason.
+func (v *verifier) changed(manifests []Manifest) ([]Manifest, error) {
+	var again []Manifest
+	for i := range manifests {
+		id := manifests[i].ID
+		affects := func(p Problem) bool { return slices.Contains(p.Affected, id) }
+		if !slices.ContainsFunc(v.problems, affects) {
+			continue
+		}
+		now, err := v.store.Manifest(id)
+		var damaged *CorruptError
+		switch {
+		case err == nil && !reflect.DeepEqual(now, manifests[i]):
+			again = append(again, now)
+		case errors.Is(err, ErrNotFound):
+		case err == nil, errors.As(err, &damaged):
+			continue
+		default:
+			return nil, err
+		}
+		v.problems = slices.DeleteFunc(v.problems, func(p Problem) bool { return affects(p) && len(p.Affected) == 1 })
+		for j := range v.problems {
+			p := &v.problems[j]
+			p.Affected = slices.DeleteFunc(p.Affected, func(a format.ID) bool { return a == id })
+		}
+	}
+	return again, nil
 }
 
 type verifier struct {
