@@ -1,5 +1,6 @@
 // The class of error of every bad input in JavaScript. The server has little
 // memory for sandboxes and a low limit of requests.
+import net from 'node:net'
 import { assert, check, e2b, main, raises } from './checks.mjs'
 
 const {
@@ -88,10 +89,26 @@ check('javascript_a_sandbox_that_is_paused_or_gone', async () => {
   await raises(SandboxNotFoundError, box.getInfo())
 })
 
+// flood sends many requests under our key on one connection: the limit is one of
+// requests in a second, which an SDK on a slow machine does not reach alone.
+const flood = () => {
+  const { hostname, port, pathname } = new URL(process.env.E2B_API_URL)
+  const s = net.connect(port, hostname)
+  s.on('error', () => {}).resume()
+  s.write(`GET ${pathname}/sandboxes/${nobody} HTTP/1.1\r\nHost: wrenn\r\nX-API-Key: ${process.env.E2B_API_KEY}\r\n\r\n`.repeat(5000))
+  return s
+}
+
 check('javascript_too_many_requests', async () => {
-  const got = await Promise.allSettled(Array.from({ length: 300 }, () => Sandbox.getInfo(nobody, { retries: 0 })))
-  const kinds = new Set(got.map((r) => r.reason?.constructor))
-  assert.deepEqual(kinds, new Set([RateLimitError, SandboxNotFoundError]), [...kinds].map((k) => k?.name).join())
+  const others = [flood(), flood()]
+  let last
+  for (let i = 0; i < 1000 && !(last instanceof RateLimitError); i++) {
+    last = await Sandbox.getInfo(nobody, { retries: 0 }).catch((e) => e)
+    assert.ok(last instanceof RateLimitError || last instanceof SandboxNotFoundError, last)
+  }
+  others.forEach((s) => s.destroy())
+  assert.ok(last instanceof RateLimitError, 'no request was one too many')
+  // By itself the SDK waits as long as it is told to.
   await raises(SandboxNotFoundError, Sandbox.getInfo(nobody))
 })
 

@@ -5,6 +5,8 @@ The server has little memory for sandboxes and a low limit of requests.
 
 import asyncio
 import inspect
+import os
+import urllib.parse
 
 from e2b import (
     AsyncSandbox,
@@ -213,11 +215,36 @@ def a_guest_agent_that_does_not_answer():
         box.kill()
 
 
+async def flood():
+    """Sends many requests under our key on one connection: the limit is one of
+    requests in a second, which an SDK on a slow machine does not reach alone."""
+    url = urllib.parse.urlsplit(os.environ["E2B_API_URL"])
+    answers, s = await asyncio.open_connection(url.hostname, url.port)
+    head = f"GET {url.path}/sandboxes/{NOBODY} HTTP/1.1\r\nHost: wrenn\r\nX-API-Key: {os.environ['E2B_API_KEY']}\r\n\r\n"
+    s.write(head.encode() * 5000)
+
+    async def listen():
+        try:
+            while await answers.read(1 << 16):
+                pass
+        finally:
+            s.transport.abort()
+
+    return asyncio.create_task(listen())
+
+
 @check
 def too_many_requests():
     async def many():
-        got = await asyncio.gather(*(AsyncSandbox.get_info(NOBODY, retries=0) for _ in range(300)), return_exceptions=True)
-        assert {type(e) for e in got} == {RateLimitException, SandboxNotFoundException}, {type(e): e for e in got}
+        others = [await flood() for _ in range(2)]
+        last = None
+        for _ in range(1000):
+            if isinstance(last, RateLimitException):
+                break
+            last = await checks.araises((RateLimitException, SandboxNotFoundException), AsyncSandbox.get_info(NOBODY, retries=0))
+        for o in others:
+            o.cancel()
+        assert isinstance(last, RateLimitException), "no request was one too many"
         # By itself the SDK waits as long as it is told to.
         await checks.araises(SandboxNotFoundException, AsyncSandbox.get_info(NOBODY))
 
