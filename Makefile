@@ -4,6 +4,12 @@ GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.buildVersion=$(VERSION)
 
+# Where there is no home to write to, what Go and the tests keep goes elsewhere.
+ifneq ($(shell test -n "$$HOME" && mkdir -p "$$HOME/.cache" 2>/dev/null && test -w "$$HOME/.cache" && echo yes),yes)
+export HOME := /var/tmp/wrenn-home
+$(shell mkdir -p $(HOME))
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup tools build demo test unit fuzz e2e model soak bench lint generate clean
 
@@ -27,14 +33,14 @@ tools: ## What do tests speak to? (builds the S3 server into the Go cache, a min
 	@$(GO) -C test/tools/s3server tool -n versitygw >/dev/null
 
 unit: tools ## Do the parts work? (go test -race, no base template needed)
-	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v /test/)
-	$(GO) test -timeout 15m ./snapshot # what takes too long under -race: every crash, 10,000 sequences
+	$(GO) test -race -timeout 40m $$($(GO) list ./... | grep -v /test/)
+	$(GO) test -timeout 40m ./snapshot # what takes too long under -race: every crash, 10,000 sequences
 
 fuzz: ## Does garbage harm it? (every fuzz target for FUZZTIME each, default 20000 inputs)
 	@scripts/fuzz
 
 e2e: build ## Does the whole work on real VMs?
-	@scripts/with-state test $(GO) test -count=1 -timeout 40m -v ./test/...
+	@scripts/with-state test $(GO) test -count=1 -timeout 120m -v ./test/...
 
 model: build ## Is anything lost under random faults? (part of e2e; WRENN_MODEL_SEED and WRENN_MODEL_STEPS repeat a run)
 	@scripts/with-state test $(GO) test -count=1 -timeout 40m -v -run 'TestModel$$' ./test/model

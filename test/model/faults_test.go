@@ -79,7 +79,7 @@ func strikePager(w *world, r *rand.Rand, d deed) error {
 			p.Kill()
 		}
 	})
-	if !harness.Eventually(30*time.Second, func() bool { n := w.s.Pager(); return n != nil && (p == nil || n.PID != p.PID) }) {
+	if !harness.Eventually(2*time.Minute, func() bool { n := w.s.Pager(); return n != nil && (p == nil || n.PID != p.PID) }) {
 		w.fail("no new pager comes up")
 	}
 	return err

@@ -203,7 +203,7 @@ func cleanHost(t *testing.T, s *harness.Server) {
 		t.Errorf("the server's end: %v", err)
 	}
 	var left []string
-	if !harness.Eventually(30*time.Second, func() bool {
+	if !harness.Eventually(2*time.Minute, func() bool {
 		var err error
 		if left, err = harness.Leftovers(s.Dir, prefix); err != nil {
 			t.Fatal(err)

@@ -73,12 +73,12 @@ func TestDriverInNestedMachine(t *testing.T) {
 	dir := tree(t)
 	Build(t, filepath.Join(dir, "t/firecracker"), "test", "git.omukk.dev/wrenn/sandbox/internal/vmm/firecracker")
 	// The others need a shell, and run everywhere.
-	args := []string{"/t/firecracker", "-test.v", "-test.timeout=10m", "-test.run=^TestVM"}
+	args := []string{"/t/firecracker", "-test.v", "-test.timeout=25m", "-test.run=^TestVM"}
 	if run := os.Getenv("WRENN_NESTED_RUN"); run != "" {
 		args = append(args, "-test.run="+run)
 	}
 	m := Machine{
-		Tree: dir, DiskMB: 1024, MemoryMB: 2048, Limit: 12 * time.Minute,
+		Tree: dir, DiskMB: 1024, MemoryMB: 2048, Limit: 30 * time.Minute,
 		Steps: []Step{{Name: "driver", Args: args, Env: nestedEnv, Dir: "/t"}},
 	}
 	Report(t, m.Steps, runAgain(t, m))
@@ -96,12 +96,12 @@ func TestLifeCycleOnFirecracker(t *testing.T) {
 			t.Skip("needs the programs (make build):", err)
 		}
 	}
-	args := []string{"-test.v", "-test.timeout=18m", "-test.run=" + lifeCycle}
+	args := []string{"-test.v", "-test.timeout=40m", "-test.run=" + lifeCycle}
 	if run := os.Getenv("WRENN_NESTED_RUN"); run != "" {
 		args = append(args, "-test.run="+run)
 	}
 	env := []string{"WRENN_TEST_DRIVER=firecracker"}
-	const pkg, limit = "git.omukk.dev/wrenn/sandbox/test/e2e", 20 * time.Minute
+	const pkg, limit = "git.omukk.dev/wrenn/sandbox/test/e2e", 45 * time.Minute
 	if os.Getenv("WRENN_TEST_KVM") == "1" {
 		vmmtest.RequireKVM(t)
 		prog := filepath.Join(t.TempDir(), "e2e")

@@ -32,7 +32,7 @@ func run(m *testing.M) int {
 		fmt.Println("skipped: these tests run VMs and need root")
 		return 0
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	defer cancel()
 	var err error
 	if sdk, err = Install(ctx); err != nil {
@@ -109,7 +109,7 @@ func modeAOf(t *testing.T, server *harness.Server) []string {
 // script runs one and makes a subtest of each of its checks.
 func script(t *testing.T, env []string, program string, args ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = append(cleanEnv(), env...)

@@ -127,7 +127,7 @@ TABLE = {
 
 def silent(box):
     try:
-        box.commands.list(request_timeout=1)
+        box.commands.list(request_timeout=5)
         return False
     except TimeoutException:
         return True

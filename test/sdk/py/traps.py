@@ -91,17 +91,17 @@ def keepalives_come_after_the_start():
 
 @check
 def time_limits_of_seconds():
-    short = Sandbox.create(timeout=3)
+    short = Sandbox.create(timeout=10)
     gone = short.commands.run("sleep 1000", background=True, timeout=0)
     e = raises(TimeoutException, gone.wait)
     assert "killed or reached its" in str(e), e
-    eventually(lambda: not short.is_running(), 10)
+    eventually(lambda: not short.is_running())
     raises(NotFoundException, lambda: Sandbox.connect(short.sandbox_id))
 
 
 @check
 def auto_pause_and_auto_resume():
-    s = Sandbox.create(timeout=3, lifecycle={"on_timeout": "pause", "auto_resume": True})
+    s = Sandbox.create(timeout=10, lifecycle={"on_timeout": "pause", "auto_resume": True})
     try:
         eventually(lambda: Sandbox.get_info(s.sandbox_id).state == SandboxState.PAUSED)
         assert s.commands.run("echo awake").stdout == "awake\n", "traffic wakes it"
