@@ -67,7 +67,7 @@ func (a HostArgs) Validate(s Spec) error {
 		return fmt.Errorf("mac: needed with a tap")
 	}
 	for name, p := range map[string]string{
-		"disk_socket": a.DiskSocket, "disk_device": a.DiskDevice, "memory_socket": a.MemorySocket,
+		"disk_socket": a.DiskSocket, "disk_device": a.DiskDevice, "memory_socket": a.MemorySocket, "memory_file": a.MemoryFile,
 		"console_path": a.ConsolePath, "netns": a.NetNS,
 	} {
 		if p == "" {

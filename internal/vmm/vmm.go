@@ -22,7 +22,8 @@
 //  5. Guest RAM is the file in HostArgs.Memory and is no part of the saved
 //     state; whoever restores brings the same bytes in a file of the same size.
 //     A driver with Capabilities.OwnMemory keeps RAM to itself: its machines
-//     are MemorySavers, and a restore brings a server of pages.
+//     are MemorySavers, and a restore brings a server of pages, or all of them
+//     in a file.
 //  6. Guest time stands still while the machine is stopped, saved or not (but
 //     see Capabilities.ClockRuns): its monotonic clock goes on where it was,
 //     its wall clock is the guest agent's to step.
@@ -90,6 +91,11 @@ type HostArgs struct {
 	// MemorySocket is where a restore with OwnMemory hands over its
 	// userfaultfd: a server of pages listens there, on the file system of Dir.
 	MemorySocket string
+	// MemoryFile is all of guest memory in a file in RAM, in place of
+	// MemorySocket: a restore with OwnMemory maps it privately and shares its
+	// pages with others. Nobody writes to it or takes pages out of it while the
+	// machine lives.
+	MemoryFile string
 	// UffdDev is /dev/userfaultfd to inherit, nil for none.
 	UffdDev *os.File
 	// DiskSocket is the path of an NBD server's unix socket, export name "".

@@ -52,7 +52,7 @@ func tree(t *testing.T) string {
 // neverCameUp is what tests say of a guest whose kernel never got to its first
 // program. Two emulations of a processor, one in the other, have done that to a
 // guest's boot once in some dozens, with nothing of ours running in it yet.
-var neverCameUp = regexp.MustCompile(`no \d+ ticks within \S+, but 0;|create from "": `)
+var neverCameUp = regexp.MustCompile(`no \d+ ticks within \S+, but 0;|create from "": |boot the guest's kernel: it hung`)
 
 // runAgain runs the machine, and a second one where a guest never came up in
 // the first. What else fails is not tried again, and neither is the second.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -133,7 +134,7 @@ func (a *api) exchange(ctx context.Context, method, path string, body, answer an
 		if json.Unmarshal(b, &fault); fault.Message == "" {
 			fault.Message = string(clip(b))
 		}
-		return fmt.Errorf("status %d: %s", res.StatusCode, fault.Message)
+		return faultError{res.StatusCode, fault.Message}
 	}
 	if answer == nil {
 		return nil
@@ -142,6 +143,20 @@ func (a *api) exchange(ctx context.Context, method, path string, body, answer an
 		return fmt.Errorf("decoding the answer: %w", err)
 	}
 	return nil
+}
+
+// faultError is an answer that is an error.
+type faultError struct {
+	status  int
+	message string
+}
+
+func (e faultError) Error() string { return fmt.Sprintf("status %d: %s", e.status, e.message) }
+
+// Is tells a full disk, on which there is something to do, by Firecracker's
+// words for it.
+func (e faultError) Is(target error) bool {
+	return target == unix.ENOSPC && strings.Contains(e.message, "No space left on device")
 }
 
 // errBroken: there is no connection, or not any more.

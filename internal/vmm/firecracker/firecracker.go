@@ -10,7 +10,8 @@
 //     in it are opened without following links, and who answers on the socket
 //     is compared with the process.
 //  3. RAM is Firecracker's own. A restore loads nothing: a server of pages,
-//     whose socket is HostArgs.MemorySocket, is handed a userfaultfd.
+//     whose socket is HostArgs.MemorySocket, is handed a userfaultfd, or the
+//     file HostArgs.MemoryFile is mapped, read-only to a jail.
 //  4. The disk is always /tmp/fc-vm/rootfs, a node or link in the machine's own
 //     mount namespace: the path is part of the saved state, the device behind
 //     it is not.
@@ -204,8 +205,8 @@ func (d *Driver) Restore(ctx context.Context, a vmm.RestoreArgs) (vmm.Machine, e
 	if err := errors.Join(a.Validate(), checkArgs(a.HostArgs)); err != nil {
 		return fail(err)
 	}
-	if a.MemorySocket == "" {
-		return fail(errors.New("memory_socket: a restore needs a server of pages"))
+	if (a.MemorySocket == "") == (a.MemoryFile == "") {
+		return fail(errors.New("memory_socket: a restore needs a server of pages, or a memory_file, and not both"))
 	}
 	h, err := d.ready(ctx)
 	if err != nil {
@@ -230,9 +231,9 @@ func (d *Driver) restore(ctx context.Context, h host, a vmm.RestoreArgs) (*machi
 	if err != nil {
 		return nil, fmt.Errorf("state: %w", err)
 	}
-	pages, err := l.put("pages.sock", a.MemorySocket)
+	backend, memory, err := l.memory()
 	if err != nil {
-		return nil, fmt.Errorf("memory_socket: %w", err)
+		return nil, err
 	}
 	m, err := l.start(ctx)
 	if err != nil {
@@ -246,14 +247,14 @@ func (d *Driver) restore(ctx context.Context, h host, a vmm.RestoreArgs) (*machi
 	if err := ctx.Err(); err != nil {
 		return nil, m.abandon(err)
 	}
-	err = m.api.load(ctx, h.version, state, "Uffd", pages)
+	err = m.api.load(ctx, h.version, state, backend, memory)
 	if err == nil {
 		err = checkSpec(ctx, m.api, a.State.Spec)
 	}
 	if err != nil {
 		return nil, m.abandon(err)
 	}
-	l.forget("state", "pages.sock")
+	l.forget("state", pagesName, memoryName)
 	return m, nil
 }
 

@@ -20,8 +20,10 @@ const (
 	driveDir  = "/tmp/fc-vm"
 	drivePath = driveDir + "/rootfs"
 
-	apiName = "api.sock"
-	logName = "firecracker.log"
+	apiName    = "api.sock"
+	pagesName  = "pages.sock"
+	memoryName = "memory"
+	logName    = "firecracker.log"
 )
 
 // launch is one process to be started.
@@ -32,6 +34,8 @@ type launch struct {
 	spec vmm.Spec
 	// root is the directory that Firecracker writes to, as we see it.
 	root string
+	// lent is a file of the host that a jail gets at its memoryName.
+	lent string
 }
 
 func newLaunch(o Options, h host, a vmm.HostArgs, s vmm.Spec) (*launch, error) {
@@ -100,6 +104,32 @@ func (l *launch) put(name, path string) (string, error) {
 		return "", fmt.Errorf("bringing it into the jail: %w", err)
 	}
 	return "/" + name, l.own(to)
+}
+
+// memory makes what a restore finds its memory by reachable: Firecracker's
+// name for the kind of it, and the path.
+func (l *launch) memory() (backend, path string, err error) {
+	file := l.args.MemoryFile
+	if file == "" {
+		path, err = l.put(pagesName, l.args.MemorySocket)
+		if err != nil {
+			err = fmt.Errorf("memory_socket: %w", err)
+		}
+		return "Uffd", path, err
+	}
+	st, err := os.Stat(file)
+	if err == nil && (!st.Mode().IsRegular() || st.Size() != l.spec.MemoryBytes()) {
+		err = fmt.Errorf("%s is no regular file of %d MiB", file, l.spec.MemoryMB)
+	}
+	if err == nil && l.jailed() {
+		// It lies on another file system: it is mounted over this one.
+		err = os.WriteFile(filepath.Join(l.root, memoryName), nil, 0o400)
+		l.lent, file = file, "/"+memoryName
+	}
+	if err != nil {
+		err = fmt.Errorf("memory_file: %w", err)
+	}
+	return "File", file, err
 }
 
 func copyFile(to, from string) error {
@@ -196,41 +226,73 @@ func (l *launch) process(stdout, stderr *os.File) (*vmm.Process, error) {
 		if err != nil {
 			return nil, err
 		}
-		return vmm.StartProcess(vmm.ProcessSpec{
-			Args: append(append(args, "--"), own...), Env: environment(), Dir: "/", Stdout: stdout, Stderr: stderr,
+		return l.apart(func() (*vmm.Process, error) {
+			return vmm.StartProcess(vmm.ProcessSpec{
+				Args: append(append(args, "--"), own...), Env: environment(), Dir: "/", Stdout: stdout, Stderr: stderr,
+			})
 		})
 	}
-	var p *vmm.Process
-	err := l.apart(func() (err error) {
-		p, err = vmm.StartProcess(vmm.ProcessSpec{
+	return l.apart(func() (*vmm.Process, error) {
+		return vmm.StartProcess(vmm.ProcessSpec{
 			Args: append([]string{l.host.binary, "--id", l.args.ID}, own...), Env: environment(), Dir: "/",
 			Stdout: stdout, Stderr: stderr, UID: l.uid(), GID: l.o.GID,
 		})
-		return err
 	})
+}
+
+// apart runs start on a thread in namespaces of its own, where what they are
+// for is not jailer's to make: see enter. The child inherits them; the thread
+// ends with its goroutine, and with the last process what was mounted there.
+func (l *launch) apart(start func() (*vmm.Process, error)) (p *vmm.Process, err error) {
+	enter := l.enter
+	if l.jailed() {
+		enter = l.lend
+	}
+	if l.lent == "" && (l.jailed() || l.args.DiskDevice == "" && l.args.NetNS == "") {
+		return start()
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked
+		if err = enter(); err == nil {
+			p, err = start()
+		}
+	}()
+	<-done
 	return p, err
 }
 
-// apart runs start on a thread in namespaces of its own: the network's where
-// the tap is, and a mount namespace in which drivePath leads to this machine's
-// disk. The child inherits them; the thread ends with its goroutine.
-func (l *launch) apart(start func() error) error {
-	if l.args.DiskDevice == "" && l.args.NetNS == "" {
-		return start()
+// ownMounts gives the thread a mount namespace whose changes nobody else sees.
+func ownMounts() error {
+	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("making a mount namespace: %w", err)
 	}
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // and never unlocked
-		done <- func() error {
-			if err := l.enter(); err != nil {
-				return err
-			}
-			return start()
-		}()
-	}()
-	return <-done
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("making the mounts private: %w", err)
+	}
+	return nil
 }
 
+// lend mounts the lent file into the jail, to be read alone: jailer takes the
+// mount along.
+func (l *launch) lend() error {
+	if err := ownMounts(); err != nil {
+		return err
+	}
+	to := filepath.Join(l.root, memoryName)
+	if err := unix.Mount(l.lent, to, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mounting the memory into the jail: %w", err)
+	}
+	const flags = unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	if err := unix.Mount("", to, "", flags, ""); err != nil {
+		return fmt.Errorf("closing the memory in the jail to writers: %w", err)
+	}
+	return nil
+}
+
+// enter goes where the tap is, and to mounts in which drivePath leads to this
+// machine's disk.
 func (l *launch) enter() error {
 	if l.args.NetNS != "" {
 		ns, err := os.Open(l.args.NetNS)
@@ -248,11 +310,8 @@ func (l *launch) enter() error {
 	if err := os.MkdirAll(driveDir, 0o755); err != nil {
 		return fmt.Errorf("making %s: %w", driveDir, err)
 	}
-	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("making a mount namespace: %w", err)
-	}
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("making the mounts private: %w", err)
+	if err := ownMounts(); err != nil {
+		return err
 	}
 	if err := unix.Mount("tmpfs", driveDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "size=64k,mode=755"); err != nil {
 		return fmt.Errorf("mounting %s: %w", driveDir, err)

@@ -189,7 +189,7 @@ func TestAFullDiskDuringASaveSaysSo(t *testing.T) {
 	}
 	defer func() { _ = m.Kill(context.Background()) }()
 	f.program.Fail(t, "PUT /snapshot/create", fctest.Full)
-	if _, err := m.(vmm.MemorySaver).Save(t.Context(), new(bytes.Buffer), false); err == nil || !strings.Contains(err.Error(), "No space left on device") {
+	if _, err := m.(vmm.MemorySaver).Save(t.Context(), new(bytes.Buffer), false); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "No space left on device") {
 		t.Errorf("a save on a full disk: %v", err)
 	}
 	if err := m.Continue(t.Context()); err != nil {

@@ -220,10 +220,26 @@ func (s Subject) WaitTicks(t testing.TB, m vmm.Machine, n int) []Tick {
 		case <-m.Done():
 			t.Fatalf("the machine ended: %v\n%s", m.Err(), vmm.Tail(console, 2000))
 		case <-limit:
-			t.Fatalf("no %d ticks within %s, but %d; the console ends with:\n%s",
-				n, s.Patience, len(Ticks(t, console)), vmm.Tail(console, 2000))
+			t.Fatalf("no %d ticks within %s, but %d; the console ends with:\n%s\nthe threads:\n%s",
+				n, s.Patience, len(Ticks(t, console)), vmm.Tail(console, 2000), threadsOf(m.PID()))
 		}
 	}
+}
+
+// threadsOf tells what the threads of a process do: in a guest that hangs one
+// spins, or waits for an interrupt that does not come.
+func threadsOf(pid int) string {
+	var b strings.Builder
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid))
+	for _, task := range tasks {
+		stat, _ := os.ReadFile(filepath.Join(task, "stat"))
+		wchan, _ := os.ReadFile(filepath.Join(task, "wchan"))
+		name, rest, _ := strings.Cut(string(stat), ") ")
+		if f := strings.Fields(rest); len(f) > 12 { // fields 3, 14 and 15 of proc(5)
+			fmt.Fprintf(&b, "%s): state %s, %s + %s ticks of CPU, waits in %q\n", name, f[0], f[11], f[12], wchan)
+		}
+	}
+	return b.String()
 }
 
 // still fails if the guest does anything for a while. What its serial port

@@ -1,9 +1,11 @@
 package vmmtest
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -40,6 +42,25 @@ func overlayMemory(t testing.TB, mem, changed *os.File) (total int64) {
 				t.Fatal(err)
 			}
 			off, total = off+int64(n), total+int64(n)
+		}
+	}
+}
+
+// sameBytes compares two files of memory.
+func sameBytes(t testing.TB, x, y *os.File) bool {
+	t.Helper()
+	a, b := make([]byte, 1<<20), make([]byte, 1<<20)
+	for off := int64(0); ; off += int64(len(a)) {
+		n, err := x.ReadAt(a, off)
+		m, yerr := y.ReadAt(b, off)
+		if n != m || !bytes.Equal(a[:n], b[:m]) {
+			return false
+		}
+		if errors.Is(err, io.EOF) && errors.Is(yerr, io.EOF) {
+			return true
+		}
+		if err != nil || yerr != nil {
+			t.Fatal(errors.Join(err, yerr))
 		}
 	}
 }

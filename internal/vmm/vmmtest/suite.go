@@ -189,6 +189,27 @@ func (s Subject) RestoreArgs(t *testing.T, saved Saved) vmm.RestoreArgs {
 	return vmm.RestoreArgs{HostArgs: a.HostArgs, State: saved.State}
 }
 
+// fileArgs are RestoreArgs of a clone that maps its memory from a file, and what
+// checks that nobody wrote to that, for drivers that can.
+func (s Subject) fileArgs(t *testing.T, saved Saved) (a vmm.RestoreArgs, check func()) {
+	if a = s.RestoreArgs(t, saved); !s.ownMemory() {
+		return a, func() {}
+	}
+	path := filepath.Join(t.TempDir(), "memory")
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o444)
+	must(t, err)
+	t.Cleanup(func() { file.Close() })
+	must(t, file.Truncate(a.State.MemoryBytes()))
+	overlayMemory(t, file, saved.Mem)
+	a.MemorySocket, a.MemoryFile = "", path
+	return a, func() {
+		t.Helper()
+		if !sameBytes(t, file, saved.Mem) {
+			t.Error("a machine wrote to the file that others may map")
+		}
+	}
+}
+
 func (s Subject) revive(t *testing.T, saved Saved) vmm.Machine {
 	t.Helper()
 	m, err := s.Driver.Restore(s.context(t), s.RestoreArgs(t, saved))
@@ -216,7 +237,12 @@ func (s Subject) restore(t *testing.T, saved Saved) {
 			t.Errorf("generation %d: Attach was called with process %d, the machine is %d", gen, attached, m.PID())
 		}
 		still(t, m)
-		clone := s.revive(t, saved)
+		args, unwritten := s.fileArgs(t, saved)
+		clone, err := s.Driver.Restore(ctx, args)
+		if err != nil {
+			t.Fatalf("generation %d, the clone: %v", gen, err)
+		}
+		t.Cleanup(func() { _ = clone.Kill(context.Background()) })
 		for _, m := range []vmm.Machine{m, clone} {
 			t.Logf("generation %d: after %s it goes on", gen, time.Since(began).Round(time.Millisecond))
 			resumed := time.Now()
@@ -239,7 +265,12 @@ func (s Subject) restore(t *testing.T, saved Saved) {
 				t.Errorf("generation %d: the monotonic clock jumped by %s", gen, d)
 			}
 		}
-		saved = s.freeze(t, ctx, m, saved, saved.State.Spec, saved.State.Info)
+		unwritten()
+		next := m
+		if gen%2 == 0 { // both have changes to tell of
+			next = clone
+		}
+		saved = s.freeze(t, ctx, next, saved, saved.State.Spec, saved.State.Info)
 		must(t, m.Kill(ctx))
 		must(t, clone.Kill(ctx))
 	}
@@ -272,6 +303,13 @@ func (s Subject) badRestores(t *testing.T, saved Saved) {
 			}
 		}, nil},
 		{"memory file too small", func(t *testing.T, a *vmm.RestoreArgs) { a.Memory = NewMemory(t, 1<<20) }, nil},
+		{"file of own memory too small", func(t *testing.T, a *vmm.RestoreArgs) {
+			a.MemorySocket, a.MemoryFile = "", file(t, make([]byte, 1<<20))
+		}, nil},
+		{"file of own memory missing", func(_ *testing.T, a *vmm.RestoreArgs) {
+			a.MemorySocket, a.MemoryFile = "", "/nonexistent"
+		}, nil},
+		{"own memory twice", func(t *testing.T, a *vmm.RestoreArgs) { a.MemoryFile = file(t, nil) }, nil},
 		{"attach fails", func(t *testing.T, a *vmm.RestoreArgs) {
 			a.Attach = func(context.Context, int) error { return errAttach }
 		}, errAttach},
@@ -281,6 +319,9 @@ func (s Subject) badRestores(t *testing.T, saved Saved) {
 		t.Run(c.name, func(t *testing.T) {
 			if s.ownMemory() && strings.HasPrefix(c.name, "memory file") {
 				t.Skip("skipped: this driver wants no memory")
+			}
+			if !s.ownMemory() && strings.Contains(c.name, "own memory") {
+				t.Skip("skipped: this driver has no memory of its own")
 			}
 			a := s.RestoreArgs(t, saved)
 			c.change(t, &a)
