@@ -2,10 +2,13 @@ package control
 
 import "time"
 
-// Clock is the time source; nil in Options is the real one. Now should carry a
-// monotonic reading, so that a wall clock that jumps moves no limit.
+// Clock is the time source; nil in Options is the real one. What is told and
+// stored is of the wall clock, which may jump; what is waited for is measured by
+// the other one, which does not.
 type Clock interface {
 	Now() time.Time
+	// Mono is the time since some moment, by a clock that only goes forward.
+	Mono() time.Duration
 	// NewTimer gives a channel that receives once after d, and a stop.
 	NewTimer(d time.Duration) (c <-chan time.Time, stop func())
 }
@@ -13,6 +16,11 @@ type Clock interface {
 type realClock struct{}
 
 func (realClock) Now() time.Time { return time.Now() }
+
+// started is the moment that Mono counts from.
+var started = time.Now()
+
+func (realClock) Mono() time.Duration { return time.Since(started) }
 
 func (realClock) NewTimer(d time.Duration) (<-chan time.Time, func()) {
 	t := time.NewTimer(d)

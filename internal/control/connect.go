@@ -101,8 +101,9 @@ func (s *Service) deadline(ctx context.Context, id string, sec int64, grow bool)
 	if err != nil {
 		return sb, err
 	}
-	at := s.now().Add(time.Duration(sec) * time.Second)
-	later := func(r Sandbox) bool { return !r.ExpiresAt.IsZero() && at.After(r.ExpiresAt) }
+	length := time.Duration(sec) * time.Second
+	at := s.now().Add(length)
+	later := func(r Sandbox) bool { return !r.ExpiresAt.IsZero() && length > s.deadlines.left(r) }
 	if grow && sb.Status == StatusRunning && !later(sb) {
 		return s.seen(sb), nil // not even the version changes
 	}

@@ -26,7 +26,7 @@ type deadlines struct {
 }
 
 type deadline struct {
-	at time.Time
+	at time.Duration // of Clock.Mono
 	// expires is the row's expires_at this was made of.
 	expires time.Time
 	version int64
@@ -48,9 +48,18 @@ func (d *deadlines) set(sb Sandbox) {
 		delete(d.m, sb.ID)
 		return
 	}
-	now := d.clock.Now()
-	d.m[sb.ID] = deadline{at: now.Add(sb.ExpiresAt.Sub(now.Round(0))), expires: sb.ExpiresAt, version: sb.Version}
+	d.m[sb.ID] = deadline{at: d.clock.Mono() + sb.ExpiresAt.Sub(d.clock.Now().Round(0)), expires: sb.ExpiresAt, version: sb.Version}
 	d.signal()
+}
+
+// left is the time that a row's run has until its limit.
+func (d *deadlines) left(sb Sandbox) time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if e, ok := d.m[sb.ID]; ok && e.expires.Equal(sb.ExpiresAt) {
+		return e.at - d.clock.Mono()
+	}
+	return sb.ExpiresAt.Sub(d.clock.Now().Round(0)) // nothing measures it yet
 }
 
 func (d *deadlines) signal() {
@@ -61,16 +70,16 @@ func (d *deadlines) signal() {
 }
 
 // wait gives the time to the earliest one.
-func (d *deadlines) wait() (time.Duration, bool) {
+func (d *deadlines) wait() (_ time.Duration, ok bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var first time.Time
+	var first time.Duration
 	for _, e := range d.m {
-		if first.IsZero() || e.at.Before(first) {
-			first = e.at
+		if !ok || e.at < first {
+			first, ok = e.at, true
 		}
 	}
-	return max(0, first.Sub(d.clock.Now())), !first.IsZero()
+	return max(0, first-d.clock.Mono()), ok
 }
 
 // due takes those that are reached and puts them off, so that each is given out
@@ -78,12 +87,12 @@ func (d *deadlines) wait() (time.Duration, bool) {
 func (d *deadlines) due() map[string]time.Time {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	now := d.clock.Now()
+	now := d.clock.Mono()
 	out := map[string]time.Time{}
 	for id, e := range d.m {
-		if !e.at.After(now) {
+		if e.at <= now {
 			out[id] = e.expires
-			e.at = now.Add(retryFailed)
+			e.at = now + retryFailed
 			d.m[id] = e
 		}
 	}
@@ -95,7 +104,7 @@ func (d *deadlines) delay(id string, expires time.Time, t time.Duration) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if e, ok := d.m[id]; ok && e.expires.Equal(expires) {
-		e.at = d.clock.Now().Add(t)
+		e.at = d.clock.Mono() + t
 		d.m[id] = e
 		d.signal()
 	}

@@ -140,7 +140,7 @@ func (s *Service) Active(id string) (end func()) {
 	var once sync.Once
 	return func() {
 		once.Do(func() {
-			if s.traffic.due(id, s.clock.Now()) {
+			if s.traffic.due(id, s.clock.Mono()) {
 				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 				defer cancel()
 				if err := s.store.TouchSandbox(ctx, id, s.now()); err != nil {
@@ -155,17 +155,17 @@ func (s *Service) Active(id string) (end func()) {
 // touched knows when traffic last moved last_active_at, by sandbox.
 type touched struct {
 	mu sync.Mutex
-	at map[string]time.Time
+	at map[string]time.Duration // of Clock.Mono
 }
 
-func (t *touched) due(id string, now time.Time) bool {
+func (t *touched) due(id string, now time.Duration) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if last, ok := t.at[id]; ok && now.Sub(last) < touchEvery {
+	if last, ok := t.at[id]; ok && now-last < touchEvery {
 		return false
 	}
 	if t.at == nil || len(t.at) > 10_000 {
-		t.at = map[string]time.Time{} // forgetting costs one write each
+		t.at = map[string]time.Duration{} // forgetting costs one write each
 	}
 	t.at[id] = now
 	return true

@@ -5,17 +5,19 @@ import (
 	"time"
 )
 
-// Clock is a control.Clock that moves only by Advance.
+// Clock is a control.Clock that moves only by Advance; Jump moves its wall clock
+// alone.
 type Clock struct {
 	mu     sync.Mutex
 	now    time.Time
+	mono   time.Duration
 	timers map[*timer]bool
 	// added tells Wait of a new timer.
 	added *sync.Cond
 }
 
 type timer struct {
-	at time.Time
+	at time.Duration
 	c  chan time.Time
 }
 
@@ -33,11 +35,25 @@ func (c *Clock) Now() time.Time {
 	return c.now
 }
 
+// Mono implements control.Clock.
+func (c *Clock) Mono() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mono
+}
+
+// Jump sets the wall clock forward or, with a negative d, back.
+func (c *Clock) Jump(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = c.now.Add(d)
+}
+
 // NewTimer implements control.Clock.
 func (c *Clock) NewTimer(d time.Duration) (<-chan time.Time, func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	t := &timer{at: c.now.Add(d), c: make(chan time.Time, 1)}
+	t := &timer{at: c.mono + d, c: make(chan time.Time, 1)}
 	if d <= 0 {
 		t.c <- c.now
 	} else {
@@ -52,8 +68,9 @@ func (c *Clock) Advance(d time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.now = c.now.Add(d)
+	c.mono += d
 	for t := range c.timers {
-		if !t.at.After(c.now) {
+		if t.at <= c.mono {
 			t.c <- c.now
 			delete(c.timers, t)
 		}
@@ -66,7 +83,7 @@ func (c *Clock) WaitTimer(d time.Duration) {
 	defer c.mu.Unlock()
 	for {
 		for t := range c.timers {
-			if t.at.Equal(c.now.Add(d)) {
+			if t.at == c.mono+d {
 				return
 			}
 		}
