@@ -10,9 +10,12 @@ import (
 	"strings"
 	"time"
 
+	rpc "connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/pager"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 )
 
@@ -86,7 +89,8 @@ func examine(ctx context.Context, dir string) []finding {
 	out = append(out, checkAccelerator(ctx, dir), checkUserfaultfd(), checkDevice("/dev/net/tun", "tap devices", "modprobe tun; in a container pass --device /dev/net/tun"))
 	out = append(out, checkFirecracker(ctx, dir)...)
 	excuseQEMU(out)
-	return append(out, checkNamespace(), checkMemory(), checkDisk(dir))
+	out = append(out, checkNamespace(), checkMemory(), checkDisk(dir))
+	return append(out, checkWaits(ctx, pager.Dial(pagerSocket(dir)))...)
 }
 
 // excuseQEMU: where Firecracker runs VMs, QEMU is not needed.
@@ -201,6 +205,27 @@ func checkMemory() finding {
 		f.Status, f.Remedy = "note", "there is room for few sandboxes of 512 MiB"
 	}
 	return f
+}
+
+// checkWaits tells which sandboxes of a running server stand still for want of
+// room on the disk.
+func checkWaits(ctx context.Context, client pager.Client) []finding {
+	ctx, cancel := context.WithTimeout(ctx, pagerScrapeLimit)
+	defer cancel()
+	r, err := client.GetStatus(ctx, rpc.NewRequest(&pagerv1.GetStatusRequest{}))
+	if err != nil {
+		return nil // no server runs here
+	}
+	if len(r.Msg.Waits) == 0 {
+		return []finding{{"sandboxes' disks", "ok", "no sandbox waits for room", ""}}
+	}
+	var ids []string
+	for _, w := range r.Msg.Waits {
+		ids = append(ids, w.SandboxId)
+	}
+	slices.Sort(ids)
+	return []finding{{"sandboxes' disks", "note", "the disk is full: writes wait for room in " + strings.Join(ids, ", "),
+		"free some space: delete snapshots and sandboxes (wrenn store usage tells what takes it); they go on by themselves"}}
 }
 
 func checkDisk(dir string) finding {

@@ -228,7 +228,11 @@ func addViews[T any](b *bundle, as, pattern string) error {
 // affair.
 func (b *bundle) logs(dir string) error {
 	paths, _ := filepath.Glob(filepath.Join(dir, "sandboxes", "*", "qemu.log"))
-	for _, path := range append([]string{filepath.Join(dir, "run", "pager.log")}, paths[:min(len(paths), bundleFiles)]...) {
+	own := []string{filepath.Join(dir, "run", "pager.log")}
+	if older := own[0] + ".1"; exists(older) {
+		own = append(own, older)
+	}
+	for _, path := range append(own, paths[:min(len(paths), bundleFiles)]...) {
 		text, err := tailOf(path, bundleLog)
 		if err != nil {
 			b.miss(path, err)
@@ -240,6 +244,11 @@ func (b *bundle) logs(dir string) error {
 		}
 	}
 	return nil
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
 
 // tailOf reads the last n bytes of a file.

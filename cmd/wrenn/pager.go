@@ -20,10 +20,14 @@ func pagerSocket(dir string) string { return filepath.Join(dir, "run", "pager.so
 // far as giving back pages of images can do it.
 const pagerLowWater = 256 << 20
 
+// pagerReserve is the disk that guests leave to journals, the database and what a
+// delete writes: the way out of a full disk needs some.
+const pagerReserve = 16 << 20
+
 // newPagerCmd is the process that serves guest memory and disks. `wrenn up`
 // starts it; people do not.
 func newPagerCmd() *cobra.Command {
-	var dir string
+	var dir, logFile string
 	var gid int
 	cmd := &cobra.Command{
 		Use: "pager", Short: "Serve guest memory and disks (started by up)", Hidden: true,
@@ -32,6 +36,13 @@ func newPagerCmd() *cobra.Command {
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
 			log := newLogger(upOptions{})
+			if logFile != "" {
+				out, err := openRotatingLog(logFile, pagerLogMost, ontoStandardOutputs)
+				if err != nil {
+					return err
+				}
+				log = newLoggerTo(out, upOptions{})
+			}
 			lock, err := os.OpenFile(filepath.Join(dir, "run", "pager.lock"), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 			if err != nil {
 				return fmt.Errorf("open the pager's lock: %w", err)
@@ -47,7 +58,7 @@ func newPagerCmd() *cobra.Command {
 			defer store.Close()
 			s, err := pager.New(pager.Options{
 				Dir: filepath.Join(dir, "run", "pager"), Store: store, SocketGID: gid, Version: version(), Logger: log,
-				OrderDir: filepath.Join(dir, "cache", "orders"), LowWater: pagerLowWater,
+				OrderDir: filepath.Join(dir, "cache", "orders"), LowWater: pagerLowWater, Reserve: pagerReserve,
 			})
 			if err != nil {
 				return err
@@ -59,6 +70,7 @@ func newPagerCmd() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&dir, "dir", stateDir(), "state directory")
+	cmd.Flags().StringVar(&logFile, "log", "", "file that takes the log, bounded, in place of standard output and error")
 	cmd.Flags().IntVar(&gid, "socket-gid", 0, "group that may open the disks' sockets")
 	return cmd
 }

@@ -35,12 +35,18 @@ var pagerFigures = []struct {
 		func(t *pagerv1.Totals) float64 { return float64(t.GetFaults()) }},
 	{prometheus.NewDesc("wrenn_pager_filled_bytes_total", "Bytes put into shared memory images and guests because of faults.", nil, nil), prometheus.CounterValue,
 		func(t *pagerv1.Totals) float64 { return float64(t.GetFilledBytes()) }},
+	{prometheus.NewDesc("wrenn_pager_disk_waits_total", "How often writes of a sandbox began to wait for room on the host's disk.", nil, nil), prometheus.CounterValue,
+		func(t *pagerv1.Totals) float64 { return float64(t.GetDiskWaits()) }},
 	{prometheus.NewDesc("wrenn_pager_shared_resident_bytes", "RAM of all shared memory images.", nil, nil), prometheus.GaugeValue,
 		func(t *pagerv1.Totals) float64 { return float64(t.GetSharedResidentBytes()) }},
 }
 
+// waitingDisksDesc counts who waits; the totals count how often.
+var waitingDisksDesc = prometheus.NewDesc("wrenn_sandboxes_waiting_for_disk", "Sandboxes that stand still because their writes find no room on the host's disk.", nil, nil)
+
 // Describe implements prometheus.Collector.
 func (c pagerCollector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- waitingDisksDesc
 	for _, f := range pagerFigures {
 		ch <- f.desc
 	}
@@ -55,6 +61,7 @@ func (c pagerCollector) Collect(ch chan<- prometheus.Metric) {
 	if err != nil {
 		return
 	}
+	ch <- prometheus.MustNewConstMetric(waitingDisksDesc, prometheus.GaugeValue, float64(len(r.Msg.Waits)))
 	for _, f := range pagerFigures {
 		ch <- prometheus.MustNewConstMetric(f.desc, f.kind, f.get(r.Msg.Totals))
 	}

@@ -19,7 +19,7 @@ type statusOnly struct {
 }
 
 func (s statusOnly) GetStatus(context.Context, *rpc.Request[pagerv1.GetStatusRequest]) (*rpc.Response[pagerv1.GetStatusResponse], error) {
-	return rpc.NewResponse(&pagerv1.GetStatusResponse{Totals: s.totals}), s.err
+	return rpc.NewResponse(&pagerv1.GetStatusResponse{Totals: s.totals, Waits: []*pagerv1.DiskWait{{SandboxId: "a"}, {SandboxId: "b"}}}), s.err
 }
 
 func TestPagerFiguresAreScraped(t *testing.T) {
@@ -39,12 +39,13 @@ func TestPagerFiguresAreScraped(t *testing.T) {
 	}
 	got := scrape(pagerCollector{statusOnly{totals: &pagerv1.Totals{
 		Prefetch: &pagerv1.Prefetch{ReadBytes: 5, UsedBytes: 4, MissedBytes: 3}, EvictedBytes: 2, SharedResidentBytes: 1,
-		Faults: 6, FilledBytes: 7,
+		Faults: 6, FilledBytes: 7, DiskWaits: 8,
 	}}})
 	for name, want := range map[string]float64{
 		"wrenn_pager_prefetch_read_bytes_total": 5, "wrenn_pager_prefetch_used_bytes_total": 4, "wrenn_pager_prefetch_missed_bytes_total": 3,
 		"wrenn_pager_evicted_bytes_total": 2, "wrenn_pager_shared_resident_bytes": 1,
 		"wrenn_pager_faults_total": 6, "wrenn_pager_filled_bytes_total": 7,
+		"wrenn_pager_disk_waits_total": 8, "wrenn_sandboxes_waiting_for_disk": 2,
 	} {
 		if got[name] != want {
 			t.Errorf("%s is %v, want %v", name, got[name], want)

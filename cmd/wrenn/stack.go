@@ -25,6 +25,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
 	"git.omukk.dev/wrenn/sandbox/internal/httpapi"
 	"git.omukk.dev/wrenn/sandbox/internal/localca"
+	"git.omukk.dev/wrenn/sandbox/internal/logctx"
 	"git.omukk.dev/wrenn/sandbox/internal/pager"
 	"git.omukk.dev/wrenn/sandbox/internal/store"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
@@ -116,9 +117,10 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	if err != nil {
 		return fmt.Errorf("find this program: %w", err)
 	}
+	log := filepath.Join(o.dir, "run", "pager.log")
 	keeper, err := pager.Keep(ctx, pager.KeeperOptions{
-		Command: []string{exe, "pager", "--dir", o.dir, "--socket-gid", strconv.Itoa(user)},
-		Socket:  pagerSocket(o.dir), LogPath: filepath.Join(o.dir, "run", "pager.log"), Version: version(), Logger: s.log,
+		Command: []string{exe, "pager", "--dir", o.dir, "--socket-gid", strconv.Itoa(user), "--log", log},
+		Socket:  pagerSocket(o.dir), LogPath: log, Version: version(), Logger: s.log,
 	})
 	if err != nil {
 		return err
@@ -189,7 +191,7 @@ func (s *stack) serveAgent(dir string) (hostagentv1connect.HostAgentServiceClien
 		return nil, fmt.Errorf("close the agent's socket to others: %w", err)
 	}
 	mux := http.NewServeMux()
-	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(agent.New(s.engine, version(), s.log)))
+	mux.Handle(agentHandler(s.engine, s.log))
 	// Streams in both directions need HTTP/2.
 	var h2 http.Protocols
 	h2.SetUnencryptedHTTP2(true)
@@ -206,10 +208,24 @@ func (s *stack) serveAgent(dir string) (hostagentv1connect.HostAgentServiceClien
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", path)
 	}}
+	return agentClient(&http.Client{Transport: transport}, "http://agent", newOperationFigures(s.metrics.Registerer()).intercept), nil
+}
+
+// agentClient speaks to a host agent; figures, where not nil, sees its answers.
+func agentClient(c connectrpc.HTTPClient, url string, figures connectrpc.UnaryInterceptorFunc) hostagentv1connect.HostAgentServiceClient {
+	interceptors := []connectrpc.Interceptor{logctx.Interceptor{}}
+	if figures != nil {
+		interceptors = append(interceptors, figures)
+	}
 	// Both ends are this machine: compressing what passes would only cost time.
-	return hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: transport}, "http://agent",
-		connectrpc.WithAcceptCompression("gzip", nil, nil),
-		connectrpc.WithInterceptors(connectrpc.UnaryInterceptorFunc(newOperationFigures(s.metrics.Registerer()).intercept))), nil
+	return hostagentv1connect.NewHostAgentServiceClient(c, url,
+		connectrpc.WithAcceptCompression("gzip", nil, nil), connectrpc.WithInterceptors(interceptors...))
+}
+
+// agentHandler is the host agent on an engine, as it is served.
+func agentHandler(e *engine.Engine, log *slog.Logger) (string, http.Handler) {
+	return hostagentv1connect.NewHostAgentServiceHandler(agent.New(e, version(), log),
+		connectrpc.WithInterceptors(logctx.Interceptor{}, agent.LogCalls(log)))
 }
 
 // openControl opens the database and starts the control plane.

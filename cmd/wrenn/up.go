@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"git.omukk.dev/wrenn/sandbox/internal/httpapi"
+	"git.omukk.dev/wrenn/sandbox/internal/logctx"
 )
 
 // upOptions are the flags of `wrenn up`.
@@ -155,15 +157,17 @@ func (o *upOptions) check() error {
 	return nil
 }
 
-func newLogger(o upOptions) *slog.Logger {
+func newLogger(o upOptions) *slog.Logger { return newLoggerTo(os.Stderr, o) }
+
+func newLoggerTo(w io.Writer, o upOptions) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: slog.LevelInfo}
 	if o.verbose {
 		opts.Level = slog.LevelDebug
 	}
 	if o.logJSON {
-		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+		return slog.New(logctx.Handler(slog.NewJSONHandler(w, opts)))
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+	return slog.New(logctx.Handler(slog.NewTextHandler(w, opts)))
 }
 
 // up runs the server until ctx ends.

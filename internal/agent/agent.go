@@ -35,7 +35,7 @@ func New(e *engine.Engine, version string, log *slog.Logger) *Agent {
 
 // wire gives an engine's error its code. What the user may not see is logged
 // here and goes out as internal.
-func (a *Agent) wire(err error) error {
+func (a *Agent) wire(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
 	}
@@ -52,14 +52,14 @@ func (a *Agent) wire(err error) error {
 	case errors.Is(err, engine.ErrNoRoom):
 		return connect.NewError(connect.CodeResourceExhausted, err)
 	case errors.Is(err, unix.ENOSPC):
-		a.log.Error("the disk is full", "err", err)
+		a.log.ErrorContext(ctx, "the disk is full", "err", err)
 		return connect.NewError(connect.CodeResourceExhausted, errors.New("the host's disk is full; nothing was lost: free some space and try again"))
 	case errors.As(err, &known) && known.Code() == connect.CodeOutOfRange:
 		return known
 	case errors.As(err, &known) && known.Code() == connect.CodeCanceled, errors.Is(err, context.Canceled):
 		return connect.NewError(connect.CodeCanceled, err)
 	}
-	a.log.Error("an operation failed", "err", err)
+	a.log.ErrorContext(ctx, "an operation failed", "err", err)
 	return connect.NewError(connect.CodeInternal, err)
 }
 
@@ -86,7 +86,7 @@ func (a *Agent) CreateSandbox(ctx context.Context, req *connect.Request[agentv1.
 		Envs: m.Envs, Annotations: m.Annotations, Egress: egressOf(m.Egress),
 	})
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	return connect.NewResponse(&agentv1.CreateSandboxResponse{Sandbox: sandboxOf(info), Stats: statsOf(st)}), nil
 }
@@ -94,7 +94,7 @@ func (a *Agent) CreateSandbox(ctx context.Context, req *connect.Request[agentv1.
 // DestroySandbox implements hostagent.v1.
 func (a *Agent) DestroySandbox(ctx context.Context, req *connect.Request[agentv1.DestroySandboxRequest]) (*connect.Response[agentv1.DestroySandboxResponse], error) {
 	if err := a.engine.Destroy(ctx, req.Msg.Id); err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	return connect.NewResponse(&agentv1.DestroySandboxResponse{}), nil
 }
@@ -103,7 +103,7 @@ func (a *Agent) DestroySandbox(ctx context.Context, req *connect.Request[agentv1
 func (a *Agent) PauseSandbox(ctx context.Context, req *connect.Request[agentv1.PauseSandboxRequest]) (*connect.Response[agentv1.PauseSandboxResponse], error) {
 	info, st, err := a.engine.Pause(ctx, req.Msg.Id)
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	return connect.NewResponse(&agentv1.PauseSandboxResponse{Sandbox: sandboxOf(info), Stats: statsOf(st)}), nil
 }
@@ -112,7 +112,7 @@ func (a *Agent) PauseSandbox(ctx context.Context, req *connect.Request[agentv1.P
 func (a *Agent) ResumeSandbox(ctx context.Context, req *connect.Request[agentv1.ResumeSandboxRequest]) (*connect.Response[agentv1.ResumeSandboxResponse], error) {
 	info, st, err := a.engine.Resume(ctx, req.Msg.Id, req.Msg.Reboot)
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	return connect.NewResponse(&agentv1.ResumeSandboxResponse{Sandbox: sandboxOf(info), Stats: statsOf(st)}), nil
 }
@@ -154,7 +154,7 @@ func (a *Agent) CreateSnapshot(ctx context.Context, req *connect.Request[agentv1
 		Sandbox: req.Msg.SandboxId, Name: req.Msg.Name, Replace: req.Msg.Replace,
 	})
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	return connect.NewResponse(&agentv1.CreateSnapshotResponse{Snapshot: snapshotOf(m), Stats: statsOf(st)}), nil
 }
@@ -162,16 +162,16 @@ func (a *Agent) CreateSnapshot(ctx context.Context, req *connect.Request[agentv1
 // DeleteSnapshot implements hostagent.v1.
 func (a *Agent) DeleteSnapshot(ctx context.Context, req *connect.Request[agentv1.DeleteSnapshotRequest]) (*connect.Response[agentv1.DeleteSnapshotResponse], error) {
 	if err := a.engine.DeleteSnapshot(ctx, req.Msg.Name); err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	return connect.NewResponse(&agentv1.DeleteSnapshotResponse{}), nil
 }
 
 // ListSnapshots implements hostagent.v1.
-func (a *Agent) ListSnapshots(context.Context, *connect.Request[agentv1.ListSnapshotsRequest]) (*connect.Response[agentv1.ListSnapshotsResponse], error) {
+func (a *Agent) ListSnapshots(ctx context.Context, _ *connect.Request[agentv1.ListSnapshotsRequest]) (*connect.Response[agentv1.ListSnapshotsResponse], error) {
 	manifests, err := a.engine.Templates()
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	out := &agentv1.ListSnapshotsResponse{}
 	for _, m := range manifests {
@@ -194,6 +194,7 @@ func sandboxOf(i engine.Info) *agentv1.Sandbox {
 	s := &agentv1.Sandbox{
 		Id: i.ID, State: states[i.State], Template: i.Template, Vcpus: uint32(i.VCPUs), MemoryMb: uint32(i.MemoryMB),
 		Error: i.Error, CreatedAt: timestamppb.New(i.CreatedAt), Generation: i.Generation, Annotations: i.Annotations,
+		Waiting: i.Waiting,
 	}
 	if i.StartedAt != nil {
 		s.StartedAt = timestamppb.New(*i.StartedAt)

@@ -160,10 +160,10 @@ func TestErrorsHaveTheirCodes(t *testing.T) {
 		}
 	}
 	a := &Agent{log: slog.New(slog.DiscardHandler)}
-	if err := a.wire(unix.ENOSPC); connect.CodeOf(err) != connect.CodeResourceExhausted || !strings.Contains(err.Error(), "disk is full") {
+	if err := a.wire(t.Context(), unix.ENOSPC); connect.CodeOf(err) != connect.CodeResourceExhausted || !strings.Contains(err.Error(), "disk is full") {
 		t.Errorf("a full disk: %v", err)
 	}
-	if a.wire(nil) != nil {
+	if a.wire(t.Context(), nil) != nil {
 		t.Error("no error is one")
 	}
 }

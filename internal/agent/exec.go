@@ -177,7 +177,7 @@ func (a *Agent) Exec(ctx context.Context, req *connect.Request[agentv1.ExecReque
 	m := req.Msg
 	g, err := a.engine.Guest(m.SandboxId)
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	ctx, cancel := withLimit(ctx, m.TimeoutSec)
 	defer cancel()
@@ -186,7 +186,7 @@ func (a *Agent) Exec(ctx context.Context, req *connect.Request[agentv1.ExecReque
 		Cmd: m.Cmd, Args: m.Args, Envs: m.Envs, Cwd: m.Cwd, User: m.User,
 	}, len(m.Stdin) > 0)
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	defer c.stream.Close()
 	if len(m.Stdin) > 0 {
@@ -208,7 +208,7 @@ func (a *Agent) Exec(ctx context.Context, req *connect.Request[agentv1.ExecReque
 			out.TimedOut, out.ExitCode = true, -1
 			return connect.NewResponse(out), nil
 		}
-		return nil, a.wire(guestError(err))
+		return nil, a.wire(ctx, guestError(err))
 	}
 	return connect.NewResponse(out), nil
 }
@@ -276,7 +276,7 @@ func (a *Agent) ExecStream(ctx context.Context, stream *connect.BidiStream[agent
 	}
 	g, err := a.engine.Guest(start.SandboxId)
 	if err != nil {
-		return a.wire(err)
+		return a.wire(ctx, err)
 	}
 	ctx, cancel := withLimit(ctx, start.TimeoutSec)
 	defer cancel()
@@ -287,7 +287,7 @@ func (a *Agent) ExecStream(ctx context.Context, stream *connect.BidiStream[agent
 		c, err = startCommand(ctx, g, start, true)
 	}
 	if err != nil {
-		return a.wire(err)
+		return a.wire(ctx, err)
 	}
 	defer c.stream.Close()
 	if err := stream.Send(&agentv1.ExecStreamResponse{Message: &agentv1.ExecStreamResponse_Pid{Pid: c.pid}}); err != nil {
@@ -303,7 +303,7 @@ func (a *Agent) ExecStream(ctx context.Context, stream *connect.BidiStream[agent
 		}})
 	}
 	if err != nil {
-		return a.wire(guestError(err))
+		return a.wire(ctx, guestError(err))
 	}
 	exit := &agentv1.ExecExit{ExitCode: exitCode(end)}
 	if !end.Exited {

@@ -34,13 +34,13 @@ func checkPath(path string) error {
 }
 
 // filesGuest checks the path and finds the guest.
-func (a *Agent) filesGuest(id, path string) (*engine.Guest, error) {
+func (a *Agent) filesGuest(ctx context.Context, id, path string) (*engine.Guest, error) {
 	if err := checkPath(path); err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	g, err := a.engine.Guest(id)
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	return g, nil
 }
@@ -56,24 +56,24 @@ func filesQuery(path, user string) string {
 // ReadFile implements hostagent.v1.
 func (a *Agent) ReadFile(ctx context.Context, req *connect.Request[agentv1.ReadFileRequest], stream *connect.ServerStream[agentv1.ReadFileResponse]) error {
 	m := req.Msg
-	g, err := a.filesGuest(m.SandboxId, m.Path)
+	g, err := a.filesGuest(ctx, m.SandboxId, m.Path)
 	if err != nil {
 		return err
 	}
 	st, err := g.Files.Stat(ctx, fileRequest(&filesystem.StatRequest{Path: m.Path}, m.User))
 	if err != nil {
-		return a.wire(guestError(err))
+		return a.wire(ctx, guestError(err))
 	}
 	if st.Msg.GetEntry().GetType() == filesystem.FileType_FILE_TYPE_DIRECTORY {
-		return a.wire(fmt.Errorf("%w: path %q is a directory; list it, or name a file in it", engine.ErrInvalid, m.Path))
+		return a.wire(ctx, fmt.Errorf("%w: path %q is a directory; list it, or name a file in it", engine.ErrInvalid, m.Path))
 	}
 	resp, err := g.HTTP(ctx, http.MethodGet, filesQuery(m.Path, m.User), nil)
 	if err != nil {
-		return a.wire(fmt.Errorf("read %q: %w", m.Path, err))
+		return a.wire(ctx, fmt.Errorf("read %q: %w", m.Path, err))
 	}
 	defer resp.Body.Close()
 	if err := httpError(resp); err != nil {
-		return a.wire(err)
+		return a.wire(ctx, err)
 	}
 	entry := entryOf(st.Msg.Entry)
 	if resp.ContentLength >= 0 {
@@ -98,7 +98,7 @@ func (a *Agent) ReadFile(ctx context.Context, req *connect.Request[agentv1.ReadF
 			return nil
 		}
 		if err != nil {
-			return a.wire(fmt.Errorf("read %q: %w", m.Path, err))
+			return a.wire(ctx, fmt.Errorf("read %q: %w", m.Path, err))
 		}
 	}
 }
@@ -121,7 +121,7 @@ func (a *Agent) WriteFile(ctx context.Context, stream *connect.ClientStream[agen
 		return nil, connect.NewError(connect.CodeInvalidArgument, errors.Join(errors.New("the first message must be start"), stream.Err()))
 	}
 	m := stream.Msg().GetStart()
-	g, err := a.filesGuest(m.SandboxId, m.Path)
+	g, err := a.filesGuest(ctx, m.SandboxId, m.Path)
 	if err != nil {
 		return nil, err
 	}
@@ -134,15 +134,15 @@ func (a *Agent) WriteFile(ctx context.Context, stream *connect.ClientStream[agen
 	}
 	resp, err := g.HTTP(ctx, http.MethodPost, q, body)
 	if err != nil {
-		return nil, a.wire(fmt.Errorf("write %q: %w", m.Path, err))
+		return nil, a.wire(ctx, fmt.Errorf("write %q: %w", m.Path, err))
 	}
 	defer resp.Body.Close()
 	if err := httpError(resp); err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	st, err := g.Files.Stat(ctx, fileRequest(&filesystem.StatRequest{Path: m.Path}, m.User))
 	if err != nil {
-		return nil, a.wire(guestError(err))
+		return nil, a.wire(ctx, guestError(err))
 	}
 	return connect.NewResponse(&agentv1.WriteFileResponse{Entry: entryOf(st.Msg.Entry)}), nil
 }
@@ -196,13 +196,13 @@ func httpError(resp *http.Response) error {
 // ListFiles implements hostagent.v1.
 func (a *Agent) ListFiles(ctx context.Context, req *connect.Request[agentv1.ListFilesRequest]) (*connect.Response[agentv1.ListFilesResponse], error) {
 	m := req.Msg
-	g, err := a.filesGuest(m.SandboxId, m.Path)
+	g, err := a.filesGuest(ctx, m.SandboxId, m.Path)
 	if err != nil {
 		return nil, err
 	}
 	r, err := g.Files.ListDir(ctx, fileRequest(&filesystem.ListDirRequest{Path: m.Path, Depth: max(1, m.Depth)}, m.User))
 	if err != nil {
-		return nil, a.wire(guestError(err))
+		return nil, a.wire(ctx, guestError(err))
 	}
 	out := &agentv1.ListFilesResponse{}
 	for _, e := range r.Msg.Entries {
@@ -214,13 +214,13 @@ func (a *Agent) ListFiles(ctx context.Context, req *connect.Request[agentv1.List
 // MakeDir implements hostagent.v1.
 func (a *Agent) MakeDir(ctx context.Context, req *connect.Request[agentv1.MakeDirRequest]) (*connect.Response[agentv1.MakeDirResponse], error) {
 	m := req.Msg
-	g, err := a.filesGuest(m.SandboxId, m.Path)
+	g, err := a.filesGuest(ctx, m.SandboxId, m.Path)
 	if err != nil {
 		return nil, err
 	}
 	r, err := g.Files.MakeDir(ctx, fileRequest(&filesystem.MakeDirRequest{Path: m.Path}, m.User))
 	if err != nil {
-		return nil, a.wire(guestError(err))
+		return nil, a.wire(ctx, guestError(err))
 	}
 	return connect.NewResponse(&agentv1.MakeDirResponse{Entry: entryOf(r.Msg.Entry)}), nil
 }
@@ -229,15 +229,15 @@ func (a *Agent) MakeDir(ctx context.Context, req *connect.Request[agentv1.MakeDi
 // missing, as the E2B SDKs want it; a caller of ours who mistyped a path is told.
 func (a *Agent) RemoveFile(ctx context.Context, req *connect.Request[agentv1.RemoveFileRequest]) (*connect.Response[agentv1.RemoveFileResponse], error) {
 	m := req.Msg
-	g, err := a.filesGuest(m.SandboxId, m.Path)
+	g, err := a.filesGuest(ctx, m.SandboxId, m.Path)
 	if err != nil {
 		return nil, err
 	}
 	if _, err := g.Files.Stat(ctx, fileRequest(&filesystem.StatRequest{Path: m.Path}, m.User)); err != nil {
-		return nil, a.wire(guestError(err))
+		return nil, a.wire(ctx, guestError(err))
 	}
 	if _, err := g.Files.Remove(ctx, fileRequest(&filesystem.RemoveRequest{Path: m.Path}, m.User)); err != nil {
-		return nil, a.wire(guestError(err))
+		return nil, a.wire(ctx, guestError(err))
 	}
 	return connect.NewResponse(&agentv1.RemoveFileResponse{}), nil
 }

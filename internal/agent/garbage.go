@@ -12,7 +12,7 @@ import (
 func (a *Agent) CollectGarbage(ctx context.Context, req *connect.Request[agentv1.CollectGarbageRequest]) (*connect.Response[agentv1.CollectGarbageResponse], error) {
 	r, err := a.engine.CollectGarbage(ctx, req.Msg.DryRun)
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	out := &agentv1.CollectGarbageResponse{Bytes: r.Bytes}
 	for _, it := range r.Items {

@@ -29,23 +29,23 @@ type guestMetrics struct {
 func (a *Agent) GetSandboxMetrics(ctx context.Context, req *connect.Request[agentv1.GetSandboxMetricsRequest]) (*connect.Response[agentv1.GetSandboxMetricsResponse], error) {
 	g, err := a.engine.Guest(req.Msg.SandboxId)
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	usage, err := a.engine.Usage(ctx, req.Msg.SandboxId)
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	resp, err := g.HTTP(ctx, http.MethodGet, "/metrics", nil)
 	if err != nil {
-		return nil, a.wire(fmt.Errorf("read the guest's metrics: %w", err))
+		return nil, a.wire(ctx, fmt.Errorf("read the guest's metrics: %w", err))
 	}
 	defer resp.Body.Close()
 	if err := httpError(resp); err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	var m guestMetrics
 	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&m); err != nil {
-		return nil, a.wire(fmt.Errorf("decode the guest's metrics: %w", err))
+		return nil, a.wire(ctx, fmt.Errorf("decode the guest's metrics: %w", err))
 	}
 	return connect.NewResponse(&agentv1.GetSandboxMetricsResponse{
 		At: timestamppb.New(usage.At), CpuCount: m.CPUCount, CpuUsedPct: m.CPUUsedPct,

@@ -24,10 +24,10 @@ const (
 )
 
 // GetSandboxAccess implements hostagent.v1.
-func (a *Agent) GetSandboxAccess(_ context.Context, req *connect.Request[agentv1.GetSandboxAccessRequest]) (*connect.Response[agentv1.GetSandboxAccessResponse], error) {
+func (a *Agent) GetSandboxAccess(ctx context.Context, req *connect.Request[agentv1.GetSandboxAccessRequest]) (*connect.Response[agentv1.GetSandboxAccessResponse], error) {
 	token, err := a.engine.AccessToken(req.Msg.SandboxId)
 	if err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	return connect.NewResponse(&agentv1.GetSandboxAccessResponse{AccessToken: token}), nil
 }
@@ -36,11 +36,11 @@ func (a *Agent) GetSandboxAccess(_ context.Context, req *connect.Request[agentv1
 func (a *Agent) Tunnel(ctx context.Context, stream *connect.BidiStream[agentv1.TunnelRequest, agentv1.TunnelResponse]) error {
 	first, err := stream.Receive()
 	if err != nil {
-		return a.wire(fmt.Errorf("%w: the tunnel's first message did not come: %v", engine.ErrInvalid, err))
+		return a.wire(ctx, fmt.Errorf("%w: the tunnel's first message did not come: %v", engine.ErrInvalid, err))
 	}
 	open := first.GetOpen()
 	if open == nil {
-		return a.wire(fmt.Errorf("%w: the tunnel's first message must be open", engine.ErrInvalid))
+		return a.wire(ctx, fmt.Errorf("%w: the tunnel's first message must be open", engine.ErrInvalid))
 	}
 	conn, err := a.dialGuest(ctx, open.SandboxId, int(open.Port))
 	if err != nil {
@@ -65,7 +65,7 @@ func (a *Agent) dialGuest(ctx context.Context, id string, port int) (net.Conn, e
 	case err == nil:
 		return conn, nil
 	case errors.Is(err, engine.ErrInvalid), errors.Is(err, engine.ErrNotFound), errors.Is(err, engine.ErrState):
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	case errors.Is(err, unix.ECONNREFUSED):
 		return nil, connect.NewError(connect.CodeOutOfRange, fmt.Errorf("nothing listens on port %d of sandbox %s", port, id))
 	}
@@ -127,7 +127,7 @@ func egressOf(e *agentv1.Egress) *engine.Egress {
 // SetSandboxEgress implements hostagent.v1.
 func (a *Agent) SetSandboxEgress(ctx context.Context, req *connect.Request[agentv1.SetSandboxEgressRequest]) (*connect.Response[agentv1.SetSandboxEgressResponse], error) {
 	if err := a.engine.SetEgress(ctx, req.Msg.SandboxId, egressOf(req.Msg.Egress)); err != nil {
-		return nil, a.wire(err)
+		return nil, a.wire(ctx, err)
 	}
 	return connect.NewResponse(&agentv1.SetSandboxEgressResponse{}), nil
 }

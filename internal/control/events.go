@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/logctx"
 )
 
 // EventType says what an event is about.
@@ -25,6 +27,10 @@ const (
 	// word was taken. EventAdopt: the host had it and the database did not.
 	EventFound EventType = "found"
 	EventAdopt EventType = "adopt"
+	// EventWait: it stands still although it runs, as on a full disk of the
+	// host; the error says why. EventGoOn: it does not any more.
+	EventWait EventType = "wait"
+	EventGoOn EventType = "go_on"
 )
 
 // MaxEvents bounds what is kept of one sandbox; the oldest go first.
@@ -44,18 +50,15 @@ type Event struct {
 	RequestID string
 }
 
-type requestIDKey struct{}
-
 // WithRequestID marks what is done under ctx with the ID of the request that
 // asked for it. Logs and events show it.
 func WithRequestID(ctx context.Context, id string) context.Context {
-	return context.WithValue(ctx, requestIDKey{}, id)
+	return logctx.WithRequest(ctx, id)
 }
 
 // RequestID gives the ID of the request that ctx belongs to, or nothing.
 func RequestID(ctx context.Context) string {
-	id, _ := ctx.Value(requestIDKey{}).(string)
-	return id
+	return logctx.Request(ctx)
 }
 
 // Events reads a sandbox's log from after seq on, oldest first. The log of a
@@ -101,9 +104,15 @@ const noteTimeout = 5 * time.Second
 // noted is note for the end of an operation: defer s.noted(ctx, id, type)(&err).
 // Being refused before anything was done is no event.
 func (s *Service) noted(ctx context.Context, id string, t EventType, detail string) func(*error) {
-	start := s.clock.Now()
+	start := s.clock.Mono()
 	return func(err *error) {
-		e := Event{SandboxID: id, Type: t, Detail: detail, Duration: s.clock.Now().Sub(start)}
+		took := s.clock.Mono() - start
+		if *err == nil {
+			s.log.InfoContext(ctx, "operation", "operation", t, "sandbox", id, "took", took)
+		} else {
+			s.log.WarnContext(ctx, "operation failed", "operation", t, "sandbox", id, "took", took, "err", *err)
+		}
+		e := Event{SandboxID: id, Type: t, Detail: detail, Duration: took}
 		if *err != nil {
 			e.Error = reasonOf(*err)
 		}

@@ -74,6 +74,22 @@ func TestEventsOfWhatNobodyAskedFor(t *testing.T) {
 	await(t, "it is deleted", func() bool { return f.log(t, limited.ID) == "create:running expire:running delete:stopped" })
 }
 
+func TestEventsTellOfASandboxThatStandsStill(t *testing.T) {
+	t.Parallel()
+	f := setup(t)
+	sb := f.create(t, control.CreateParams{})
+	f.run(t)
+	noted := "create:running"
+	for _, c := range []struct{ why, event string }{
+		{"no room", " wait:running(no room)"}, {"no room", ""}, // said twice, noted once
+		{"", " go_on:running"}, {"again", " wait:running(again)"},
+	} {
+		noted += c.event
+		f.host.SetWaiting(sb.ID, c.why)
+		await(t, "it is noted: "+noted, func() bool { return f.log(t, sb.ID) == noted })
+	}
+}
+
 func TestARequestCutOffByTheServersEndIsAConflict(t *testing.T) {
 	t.Parallel()
 	f := setup(t)

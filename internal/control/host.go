@@ -94,6 +94,8 @@ type HostSandbox struct {
 	StartedAt       time.Time
 	// Annotations are the bytes given in HostCreate.
 	Annotations []byte
+	// Waiting says why it stands still although it runs; else empty.
+	Waiting string
 }
 
 // HostEvent is one report of WatchSandboxes.

@@ -68,7 +68,7 @@ func fromSandbox(p *hostagentv1.Sandbox) HostSandbox {
 		ID: p.GetId(), Template: p.GetTemplate(),
 		VCPUs: int(p.GetVcpus()), MemoryMB: int(p.GetMemoryMb()),
 		Error: p.GetError(), CreatedAt: fromTime(p.GetCreatedAt()),
-		StartedAt: fromTime(p.GetStartedAt()), Annotations: p.GetAnnotations(),
+		StartedAt: fromTime(p.GetStartedAt()), Annotations: p.GetAnnotations(), Waiting: p.GetWaiting(),
 	}
 	switch p.GetState() {
 	case hostagentv1.SandboxState_SANDBOX_STATE_RUNNING:

@@ -17,13 +17,37 @@ const retryHost = time.Second
 // only a reason to look: by the time it is read it may be old.
 func (s *Service) watch(ctx context.Context) {
 	for ctx.Err() == nil {
-		err := s.host.WatchSandboxes(ctx, func(HostEvent) { s.wake() })
+		err := s.host.WatchSandboxes(ctx, func(e HostEvent) {
+			s.tellWaiting(ctx, e)
+			s.wake()
+		})
 		if ctx.Err() != nil {
 			return
 		}
 		s.log.InfoContext(ctx, "watch of the host ended; trying again", "err", err)
 		s.wake()
 		s.sleep(ctx, retryHost)
+	}
+}
+
+// tellWaiting notes that a sandbox began to stand still, or goes on.
+func (s *Service) tellWaiting(ctx context.Context, e HostEvent) {
+	id, why := e.Sandbox.ID, e.Sandbox.Waiting
+	if e.Synced || e.Removed {
+		why = ""
+	}
+	s.waitingMu.Lock()
+	was := s.waiting[id]
+	if s.waiting[id] = why; why == "" {
+		delete(s.waiting, id)
+	}
+	s.waitingMu.Unlock()
+	switch {
+	case why == was || e.Removed:
+	case why != "":
+		s.note(ctx, Event{SandboxID: id, Type: EventWait, Error: why})
+	default:
+		s.note(ctx, Event{SandboxID: id, Type: EventGoOn, Detail: was}) // a full disk may not have taken the first event
 	}
 }
 

@@ -60,6 +60,10 @@ type Service struct {
 	// that was read beside one is not taken for the present.
 	snapshots atomic.Int64
 
+	// waiting says why sandboxes stand still, as far as it was noted.
+	waitingMu sync.Mutex
+	waiting   map[string]string
+
 	// kick asks for a look at the host.
 	kick chan struct{}
 	// reconciled is set by the first look that came to its end.
@@ -93,6 +97,7 @@ func New(o Options) *Service {
 		deadlines: newDeadlines(o.Clock),
 		answering: answering{m: map[[2]string]chan struct{}{}},
 		kick:      make(chan struct{}, 1),
+		waiting:   map[string]string{},
 	}
 }
 
@@ -120,8 +125,8 @@ func (s *Service) detach(ctx context.Context) (context.Context, context.CancelFu
 
 // observe reports an operation; use: defer s.observe("pause")(&err).
 func (s *Service) observe(op string) func(*error) {
-	start := s.clock.Now()
-	return func(err *error) { s.opt.Observe(op, s.clock.Now().Sub(start), *err) }
+	start := s.clock.Mono()
+	return func(err *error) { s.opt.Observe(op, s.clock.Mono()-start, *err) }
 }
 
 func (s *Service) now() time.Time { return stamp(s.clock.Now()) }

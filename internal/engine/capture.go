@@ -101,13 +101,13 @@ func (cp *capturing) undo(ctx context.Context) error {
 		// The journal names the pause as the newest: it must not any more
 		// before the pause goes.
 		if err := back(); err != nil {
-			return errors.Join(append(errs, err, cp.r.machine.Continue(ctx))...)
+			return errors.Join(append(errs, err, cp.goOn(ctx))...)
 		}
 	}
 	if err := cp.e.opts.Store.Delete(ctx, cp.txn.ID()); err != nil && !errors.Is(err, snapshot.ErrNotFound) {
 		errs = append(errs, err)
 	}
-	return errors.Join(append(errs, back(), cp.r.machine.Continue(ctx))...)
+	return errors.Join(append(errs, back(), cp.goOn(ctx))...)
 }
 
 func (cp *capturing) recordPending(context.Context) error {
@@ -125,12 +125,15 @@ func (cp *capturing) guestSync(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
 	defer cancel()
 	if err := cp.r.guest.sync(ctx); err != nil {
-		cp.e.log.Warn("the guest did not write its caches before the capture", "sandbox", cp.sb.id(), "err", err)
+		cp.e.log.WarnContext(ctx, "the guest did not write its caches before the capture", "sandbox", cp.sb.id(), "err", err)
 	}
 	return nil
 }
 
 func (cp *capturing) stopVM(ctx context.Context) error {
+	if err := cp.beforeStop(ctx); err != nil {
+		return err
+	}
 	return wrap("stop the VM", cp.r.machine.Pause(ctx))
 }
 
@@ -180,7 +183,7 @@ func (cp *capturing) goOnSteps() []step {
 	return []step{{name: "vm_continue", do: cp.letGoOn}, {name: "guest_clock", do: cp.setClock}}
 }
 
-func (cp *capturing) letGoOn(ctx context.Context) error { return cp.r.machine.Continue(ctx) }
+func (cp *capturing) letGoOn(ctx context.Context) error { return cp.goOn(ctx) }
 
 func (cp *capturing) setClock(ctx context.Context) error {
 	cp.e.setClock(ctx, cp.sb, cp.r)
@@ -193,7 +196,7 @@ func (e *Engine) setClock(ctx context.Context, sb *sandbox, r *run) {
 	ctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
 	defer cancel()
 	if _, err := r.guest.confirm(ctx, r.machine.Done(), e.initRequest(sb, sb.journal().Run.Life, false), e.opts.Now); err != nil {
-		e.log.Warn("a guest that stood still does not answer yet; its clock may be behind", "sandbox", sb.id(), "err", err)
+		e.log.WarnContext(ctx, "a guest that stood still does not answer yet; its clock may be behind", "sandbox", sb.id(), "err", err)
 	}
 }
 

@@ -91,7 +91,7 @@ func (e *Engine) compact(ctx context.Context, id format.ID) {
 		return // deleted meanwhile; or the next start goes on with the plan
 	}
 	if err != nil {
-		e.log.Error("an image was not compacted, or what it had needed not freed", "image", id.String(), "err", err)
+		e.log.ErrorContext(ctx, "an image was not compacted, or what it had needed not freed", "image", id.String(), "err", err)
 	}
 }
 
@@ -104,7 +104,7 @@ func (e *Engine) compactAfter(ctx context.Context, m snapshot.Manifest) {
 			continue // deleted, or compacted and collected, meanwhile
 		}
 		if err != nil {
-			e.log.Error("cannot tell what an image is made of", "image", id.String(), "err", err)
+			e.log.ErrorContext(ctx, "cannot tell what an image is made of", "image", id.String(), "err", err)
 			continue
 		}
 		if p.Urgent {

@@ -166,6 +166,8 @@ type Info struct {
 	StartedAt   *time.Time
 	Generation  uint64
 	Annotations []byte
+	// Waiting says why it stands still although it runs; else empty.
+	Waiting string
 }
 
 // Stats are the figures of one operation.
@@ -217,6 +219,7 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 		return nil, err
 	}
 	e.compactAll()
+	e.wg.Go(e.watchWaits)
 	return e, nil
 }
 

@@ -107,7 +107,7 @@ func (e *Engine) enterLost(ctx context.Context, id string, why error, pause *sna
 		}
 	}
 	sb.j = j
-	e.log.Warn("the journal of a sandbox is lost", "sandbox", id, "err", why, "state", j.State, "generation", j.Generation, "reason", j.Error)
+	e.log.WarnContext(ctx, "the journal of a sandbox is lost", "sandbox", id, "err", why, "state", j.State, "generation", j.Generation, "reason", j.Error)
 	e.mu.Lock()
 	e.sandboxes[id] = sb
 	e.mu.Unlock()

@@ -202,7 +202,7 @@ func (e *Engine) Pause(ctx context.Context, id string) (Info, Stats, error) {
 	}
 	if err := e.perform(ctx, OpPause, cp.ph, e.pausedSteps(sb, old, cp.m.Memory.ID)); err != nil {
 		// The state is safe, and the journal names what stayed behind.
-		e.log.Error("not everything of a paused VM could be released yet", "sandbox", id, "err", err)
+		e.log.ErrorContext(ctx, "not everything of a paused VM could be released yet", "sandbox", id, "err", err)
 		e.tidySoon(sb)
 	}
 	e.compactAfter(ctx, cp.m)
@@ -469,7 +469,7 @@ func (e *Engine) snapshotRunning(ctx context.Context, sb *sandbox, name string) 
 	}
 	// The snapshot exists from here on, whatever becomes of the source.
 	if err := e.perform(ctx, OpSnapshot, cp.ph, cp.goOnSteps()); err != nil {
-		e.log.Error("the source of a snapshot does not go on", "sandbox", sb.id(), "err", err)
+		e.log.ErrorContext(ctx, "the source of a snapshot does not go on", "sandbox", sb.id(), "err", err)
 	}
 	return cp.m, cp.ph.statsWith(cp.written), nil
 }
@@ -553,13 +553,13 @@ func (e *Engine) machineDied(sb *sandbox, r *run) {
 	reason := r.machine.Err()
 	var exit *vmm.ExitError
 	if errors.As(reason, &exit) {
-		e.log.Error("a VM ended unasked", "sandbox", sb.id(), "reason", exit.Reason, "status", exit.Status, "stderr", exit.Stderr, "console", exit.Console)
+		e.log.ErrorContext(ctx, "a VM ended unasked", "sandbox", sb.id(), "reason", exit.Reason, "status", exit.Status, "stderr", exit.Stderr, "console", exit.Console)
 	}
 	if fatal := e.fatalReason(ctx, sb.id()); fatal != nil {
 		reason = fatal
 	}
 	if err := e.perform(ctx, OpDied, e.newPhases(), e.diedSteps(sb, reason)); err != nil {
-		e.log.Error("not everything of a dead VM could be released yet", "sandbox", sb.id(), "err", err)
+		e.log.ErrorContext(ctx, "not everything of a dead VM could be released yet", "sandbox", sb.id(), "err", err)
 		e.tidySoon(sb)
 	}
 	e.announce(Event{Sandbox: sb.info()})

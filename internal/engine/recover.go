@@ -39,7 +39,7 @@ func (e *Engine) recover(ctx context.Context) error {
 			continue
 		}
 		if err := e.enterLost(ctx, id, os.ErrNotExist, &m); err != nil {
-			e.log.Error("a pause cannot be made a sandbox again; it is left as it is", "sandbox", id, "err", err)
+			e.log.ErrorContext(ctx, "a pause cannot be made a sandbox again; it is left as it is", "sandbox", id, "err", err)
 		}
 	}
 	e.mu.Lock()
@@ -50,7 +50,7 @@ func (e *Engine) recover(ctx context.Context) error {
 	for _, sb := range all {
 		g.Go(func() error {
 			if err := e.recoverOne(ctx, sb); err != nil {
-				e.log.Error("a sandbox could not be taken over whole", "sandbox", sb.id(), "err", err)
+				e.log.ErrorContext(ctx, "a sandbox could not be taken over whole", "sandbox", sb.id(), "err", err)
 				e.tidySoon(sb)
 			}
 			return nil
@@ -75,7 +75,7 @@ func (e *Engine) load(ctx context.Context, dir string, newest map[string]snapsho
 	switch {
 	case err == nil:
 	case checkID(id) != nil, errors.Is(err, errNewerJournal), !errors.Is(err, os.ErrNotExist) && !errors.Is(err, errDamagedJournal):
-		e.log.Error("a sandbox cannot be taken over; it is left as it is", "dir", dir, "err", err)
+		e.log.ErrorContext(ctx, "a sandbox cannot be taken over; it is left as it is", "dir", dir, "err", err)
 		return nil
 	case !paused && halfMade(dir):
 		if err := os.RemoveAll(dir); err != nil {
@@ -88,13 +88,13 @@ func (e *Engine) load(ctx context.Context, dir string, newest map[string]snapsho
 			p = nil
 		}
 		if err := e.enterLost(ctx, id, err, p); err != nil {
-			e.log.Error("a sandbox whose journal is lost is left as it is", "sandbox", id, "err", err)
+			e.log.ErrorContext(ctx, "a sandbox whose journal is lost is left as it is", "sandbox", id, "err", err)
 		}
 		return nil
 	}
 	sb := &sandbox{dir: dir, op: make(chan struct{}, 1), j: j}
 	if j.Run != nil && vmElsewhere(dir, j.Run.VM) {
-		e.log.Warn("a sandbox ran when this copy of its directory was made; its VM is the original's", "sandbox", j.ID)
+		e.log.WarnContext(ctx, "a sandbox ran when this copy of its directory was made; its VM is the original's", "sandbox", j.ID)
 		sb.copied, sb.j.Run.VM = true, nil
 	}
 	e.mu.Lock()
@@ -290,7 +290,7 @@ func (e *Engine) releaseStrangers(ctx context.Context) {
 	if e.opts.Disks != nil {
 		owners, err := e.opts.Disks.Owners()
 		if err != nil {
-			e.log.Error("cannot ask the kernel whose block devices there are", "err", err)
+			e.log.ErrorContext(ctx, "cannot ask the kernel whose block devices there are", "err", err)
 		}
 		served = append(served, owners...)
 	}
@@ -307,7 +307,7 @@ func (e *Engine) releaseStrangers(ctx context.Context) {
 		}
 		stranger := &sandbox{dir: e.sandboxDir(id)}
 		if err := e.stopServing(ctx, stranger); err != nil {
-			e.log.Error("something is still held for a sandbox that is gone", "sandbox", id, "err", err)
+			e.log.ErrorContext(ctx, "something is still held for a sandbox that is gone", "sandbox", id, "err", err)
 		}
 	}
 }
@@ -315,7 +315,7 @@ func (e *Engine) releaseStrangers(ctx context.Context) {
 func (e *Engine) servedByPager(ctx context.Context) []string {
 	st, err := e.opts.Pager.GetStatus(ctx, connect.NewRequest(&pagerv1.GetStatusRequest{}))
 	if err != nil {
-		e.log.Error("cannot ask the pager whom it serves", "err", err)
+		e.log.ErrorContext(ctx, "cannot ask the pager whom it serves", "err", err)
 		return nil
 	}
 	return st.Msg.Sandboxes

@@ -45,6 +45,13 @@ func (e *Engine) release(ctx context.Context, sb *sandbox) error {
 }
 
 func (e *Engine) endVM(ctx context.Context, sb *sandbox) error {
+	if e.ownMemory() {
+		// Its process may be in the kernel's hands until its writes are answered.
+		// One without a disk says so, and need not be told.
+		if _, err := e.yieldDisk(ctx, sb, true); err != nil && connect.CodeOf(err) != connect.CodeNotFound {
+			return err
+		}
+	}
 	r := sb.current()
 	if r == nil || r.machine == nil {
 		rec := sb.journal().Run

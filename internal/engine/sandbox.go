@@ -28,6 +28,8 @@ type sandbox struct {
 	j  journal
 	// run is the live VM and all that serves it; nil when there is none.
 	run *run
+	// waiting says why it stands still although it runs.
+	waiting string
 }
 
 // run is what a running VM holds. Where a start or a taking over failed and not
@@ -65,7 +67,7 @@ func (sb *sandbox) info() Info {
 	return Info{
 		ID: j.ID, State: j.State, Template: j.Template, VCPUs: j.VCPUs, MemoryMB: j.MemoryMB,
 		Error: j.Error, CreatedAt: j.CreatedAt, StartedAt: j.StartedAt, Generation: j.Generation,
-		Annotations: j.Annotations,
+		Annotations: j.Annotations, Waiting: sb.waiting,
 	}
 }
 

@@ -45,7 +45,7 @@ func (e *Engine) ImportBase(ctx context.Context, b BaseFiles, progress func(done
 	}
 	if err := e.perform(ctx, OpImport, e.newPhases(), im.replaceSteps()); err != nil {
 		// The new one is there and used; the next start removes the old one.
-		e.log.Error("the old base template is not removed yet", "name", b.Name, "err", err)
+		e.log.ErrorContext(ctx, "the old base template is not removed yet", "name", b.Name, "err", err)
 	}
 	return nil
 }

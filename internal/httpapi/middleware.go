@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"fmt"
 	"net/http"
-	"regexp"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -14,9 +13,10 @@ import (
 	"github.com/go-chi/chi/v5/middleware"
 
 	"git.omukk.dev/wrenn/sandbox/internal/control"
+	"git.omukk.dev/wrenn/sandbox/internal/logctx"
 )
 
-const requestIDHeader = "X-Request-Id"
+const requestIDHeader = logctx.Header
 
 type apiKeyKey struct{}
 
@@ -26,14 +26,11 @@ func apiKeyOf(r *http.Request) string {
 	return id
 }
 
-// requestIDRE is what is taken over from a caller; it goes into logs.
-var requestIDRE = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
-
 // requestID gives each request an ID, the caller's own if it is a sound one.
 func (a *api) requestID(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := r.Header.Get(requestIDHeader)
-		if !requestIDRE.MatchString(id) {
+		if !logctx.Sound(id) {
 			id = rand.Text()
 		}
 		w.Header().Set(requestIDHeader, id)

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -25,6 +26,7 @@ type disk struct {
 	rec     diskRecord
 	image   *snapshot.Image
 	overlay *block.Overlay
+	room    *roomy
 	cancel  context.CancelFunc
 	done    chan error
 }
@@ -60,12 +62,13 @@ func (s *Server) ServeDisk(_ context.Context, req *connect.Request[pagerv1.Serve
 		return nil, connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("sandbox %s has disk image %s; stop it first", req.Msg.SandboxId, g.disk.rec.ImageID))
 	}
 	if g.disk == nil {
-		d, err := openDisk(s.opts, rec, s.log.With("sandbox", req.Msg.SandboxId))
+		d, err := s.openDisk(req.Msg.SandboxId, rec)
 		if err != nil {
 			return nil, errors.Join(wireError(err), s.settle(req.Msg.SandboxId, g))
 		}
 		g.disk = d
 	}
+	g.disk.room.setYield(false) // whoever wanted it so has gone
 	if err := s.settle(req.Msg.SandboxId, g); err != nil {
 		return nil, wireError(err)
 	}
@@ -126,8 +129,35 @@ func (s *Server) StopDisk(_ context.Context, req *connect.Request[pagerv1.StopDi
 	return connect.NewResponse(&pagerv1.StopDiskResponse{}), nil
 }
 
-func openDisk(o Options, rec diskRecord, log *slog.Logger) (*disk, error) {
-	img, err := o.Store.OpenImage(rec.ImageID)
+// YieldDisk implements pager.v1.
+func (s *Server) YieldDisk(_ context.Context, req *connect.Request[pagerv1.YieldDiskRequest]) (*connect.Response[pagerv1.YieldDiskResponse], error) {
+	g, err := s.guestFor(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.disk == nil {
+		return nil, errors.Join(connect.NewError(connect.CodeNotFound, fmt.Errorf("sandbox %s has no disk here", req.Msg.SandboxId)), s.settle(req.Msg.SandboxId, g))
+	}
+	return connect.NewResponse(&pagerv1.YieldDiskResponse{Waiting: g.disk.room.setYield(req.Msg.Yield)}), nil
+}
+
+// diskWaits enters that a sandbox's writes wait for room, or do not any more.
+func (s *Server) diskWaits(id string, since time.Time, waits bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if waits {
+		s.waits[id] = since
+		s.totals.diskWaits++
+	} else {
+		delete(s.waits, id)
+	}
+}
+
+func (s *Server) openDisk(id string, rec diskRecord) (*disk, error) {
+	log := s.log.With("sandbox", id)
+	img, err := s.opts.Store.OpenImage(rec.ImageID)
 	if err != nil {
 		return nil, fmt.Errorf("open disk image %s: %w", rec.ImageID, err)
 	}
@@ -135,13 +165,14 @@ func openDisk(o Options, rec diskRecord, log *slog.Logger) (*disk, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open the overlay: %w", err), img.Close())
 	}
-	l, err := listenUnix(rec.SocketPath, o.SocketGID)
+	l, err := listenUnix(rec.SocketPath, s.opts.SocketGID)
 	if err != nil {
 		return nil, errors.Join(err, overlay.Close(), img.Close())
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	d := &disk{rec: rec, image: img, overlay: overlay, cancel: cancel, done: make(chan error, 1)}
-	go func() { d.done <- serveNBD(ctx, l, overlay, log) }()
+	room := newRoomy(ctx, overlay, s.short.Load, log, func(since time.Time, waits bool) { s.diskWaits(id, since, waits) })
+	d := &disk{rec: rec, image: img, overlay: overlay, room: room, cancel: cancel, done: make(chan error, 1)}
+	go func() { d.done <- serveNBD(ctx, l, room, log) }()
 	return d, nil
 }
 

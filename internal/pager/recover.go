@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -27,7 +26,7 @@ func (s *Server) recover() {
 		log := s.log.With("sandbox", r.SandboxID)
 		g := &guest{}
 		g.mu.Lock()
-		if err := s.recoverOne(r, g, log); err != nil {
+		if err := s.recoverOne(r, g); err != nil {
 			s.log.Error("a sandbox cannot be served again", "sandbox", r.SandboxID, "err", err)
 			s.mu.Lock()
 			s.fatal[r.SandboxID] = err.Error()
@@ -46,9 +45,9 @@ func (s *Server) recover() {
 	}
 }
 
-func (s *Server) recoverOne(r record, g *guest, log *slog.Logger) (err error) {
+func (s *Server) recoverOne(r record, g *guest) (err error) {
 	if r.Disk != nil {
-		if g.disk, err = openDisk(s.opts, *r.Disk, log); err != nil {
+		if g.disk, err = s.openDisk(r.SandboxID, *r.Disk); err != nil {
 			// Its VM waits for the disk to come back; the engine ends it.
 			return fmt.Errorf("serve the disk again: %w", err)
 		}

@@ -27,6 +27,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -60,8 +61,13 @@ type Options struct {
 	LowWater int64
 	// MemAvailable tells what is available; nil reads /proc/meminfo.
 	MemAvailable func() (int64, error)
-	Version      string
-	Logger       *slog.Logger
+	// Reserve is the free disk below Dir, bytes, that guests' writes leave to the
+	// host's own records: with less, what takes room waits. 0: none.
+	Reserve int64
+	// DiskFree tells what is free; nil asks the file system.
+	DiskFree func() (int64, error)
+	Version  string
+	Logger   *slog.Logger
 }
 
 // Server implements pager.v1.
@@ -72,21 +78,24 @@ type Server struct {
 	images *images
 	orders orders
 
+	short atomic.Bool // of disk: see Options.Reserve
+
 	mu      sync.Mutex
 	totals  totals
 	guests  map[string]*guest
 	fatal   map[string]string
+	waits   map[string]time.Time // since when writes wait for room, by sandbox
 	closing bool
 }
 
-// totals are bytes counted over all sandboxes.
-type totals struct{ aheadRead, aheadUsed, aheadMissed, evicted uint64 }
+// totals are counted over all sandboxes: bytes, and disks that began to wait.
+type totals struct{ aheadRead, aheadUsed, aheadMissed, evicted, diskWaits uint64 }
 
 func (t totals) message(resident int64, faults uffd.Stats) *pagerv1.Totals {
 	return &pagerv1.Totals{
 		Faults: faults.Faults, FilledBytes: faults.BytesFilled,
 		Prefetch:     &pagerv1.Prefetch{ReadBytes: t.aheadRead, UsedBytes: t.aheadUsed, MissedBytes: t.aheadMissed},
-		EvictedBytes: t.evicted, SharedResidentBytes: resident,
+		EvictedBytes: t.evicted, SharedResidentBytes: resident, DiskWaits: t.diskWaits,
 	}
 }
 
@@ -108,6 +117,9 @@ func New(opts Options) (*Server, error) {
 	if opts.OrderWindow == 0 {
 		opts.OrderWindow = 5 * time.Second
 	}
+	if opts.DiskFree == nil {
+		opts.DiskFree = func() (int64, error) { return freeBelow(opts.Dir) }
+	}
 	if opts.MemAvailable == nil {
 		opts.MemAvailable = memAvailable
 	}
@@ -119,6 +131,7 @@ func New(opts Options) (*Server, error) {
 		log:    opts.Logger,
 		guests: map[string]*guest{},
 		fatal:  map[string]string{},
+		waits:  map[string]time.Time{},
 		orders: orders{opts.OrderDir},
 	}
 	s.images = &images{store: opts.Store, limit: opts.WarmBytes, byID: map[format.ID]*image{}, readAhead: s.readAhead}
@@ -193,6 +206,9 @@ func (s *Server) GetStatus(context.Context, *connect.Request[pagerv1.GetStatusRe
 	for id := range s.guests {
 		out.Sandboxes = append(out.Sandboxes, id)
 	}
+	for id, since := range s.waits {
+		out.Waits = append(out.Waits, &pagerv1.DiskWait{SandboxId: id, SinceUnixMs: since.UnixMilli()})
+	}
 	return connect.NewResponse(out), nil
 }
 
@@ -239,12 +255,15 @@ func (s *Server) Serve(ctx context.Context, socket string) error {
 	srv := &http.Server{Handler: mux}
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
+	watch, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
 	if s.opts.LowWater > 0 {
-		watch, cancel := context.WithCancel(ctx)
-		var wg sync.WaitGroup
 		wg.Go(func() { s.watchMemory(watch) })
-		defer wg.Wait()
-		defer cancel()
+	}
+	if s.opts.Reserve > 0 {
+		wg.Go(func() { s.watchRoom(watch) })
 	}
 	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve on %s: %w", socket, err)

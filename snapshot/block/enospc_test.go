@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
+	"git.omukk.dev/wrenn/sandbox/snapshot/snaptest"
 	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
@@ -45,4 +47,52 @@ func TestFullDisk(t *testing.T) {
 	_, err = o.WriteAt(bytes.Repeat([]byte{8}, chunk), full)
 	must(t, err)
 	must(t, o.Flush())
+}
+
+// TestAFlushWithoutRoomForTheMapIsTriedAgain: nothing has been lost by it, and
+// what was acknowledged before is durable once there is room.
+func TestAFlushWithoutRoomForTheMapIsTriedAgain(t *testing.T) {
+	fs := snaptest.NewFS()
+	o := open(t, fs)
+	_, err := o.WriteAt(bytes.Repeat([]byte{7}, BlockSize), 2*BlockSize)
+	must(t, err)
+	fs.FailWith(func(_ int, what string) error {
+		if strings.HasPrefix(what, "write /o.map") {
+			return syscall.ENOSPC
+		}
+		return nil
+	})
+	for range 2 {
+		if err := o.Flush(); !errors.Is(err, syscall.ENOSPC) {
+			t.Fatalf("without room: %v, want ENOSPC", err)
+		}
+	}
+	fs.FailWith(nil)
+	must(t, o.Flush())
+	after := open(t, fs.Crash(func(string) bool { return false }))
+	if b := content(t, after); b[2*BlockSize] != 7 || b[0] != baseFill {
+		t.Errorf("after a power failure the block holds %d, the one before it %d", b[2*BlockSize], b[0])
+	}
+}
+
+// TestAnFsyncWithoutRoomIsFinal: what the kernel could not write it forgets, so
+// it must not look as if waiting for room helped.
+func TestAnFsyncWithoutRoomIsFinal(t *testing.T) {
+	fs := snaptest.NewFS()
+	o := open(t, fs)
+	_, err := o.WriteAt(bytes.Repeat([]byte{7}, BlockSize), 0)
+	must(t, err)
+	fs.FailWith(func(_ int, what string) error {
+		if strings.HasPrefix(what, "sync /o.data") {
+			return syscall.ENOSPC
+		}
+		return nil
+	})
+	if err := o.Flush(); err == nil || errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("%v, want an error that is not ENOSPC", err)
+	}
+	fs.FailWith(nil)
+	if err := o.Flush(); err == nil {
+		t.Error("the next one is believed")
+	}
 }

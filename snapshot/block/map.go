@@ -289,17 +289,23 @@ func (m *dirtyMap) takeDirty() map[int64][]byte {
 	return pages
 }
 
-// commit writes pages to the stable area and syncs it.
-func (m *dirtyMap) commit(pages map[int64][]byte) error {
-	if len(pages) == 0 {
-		return nil
-	}
+// write puts pages into the stable area.
+func (m *dirtyMap) write(pages map[int64][]byte) error {
 	for p, b := range pages {
 		if _, err := m.file.WriteAt(b, stableAt(m.blocks)+p*mapPage); err != nil {
 			return err
 		}
 	}
-	return m.file.Sync()
+	return nil
+}
+
+// putBack has takeDirty give pages again that could not be written.
+func (m *dirtyMap) putBack(pages map[int64][]byte) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for p := range pages {
+		m.dirty[p] = struct{}{}
+	}
 }
 
 func (m *dirtyMap) close() error { return m.file.Close() }

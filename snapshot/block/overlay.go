@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"path"
 	"sync"
+	"syscall"
 
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
@@ -290,7 +291,9 @@ func (o *Overlay) zeroBlocks(first, n int64) error {
 
 // Flush makes everything durable that was acknowledged before it was called:
 // the data first, then the map that points to it. After it has failed once it
-// fails always, because what the disk holds is then not known.
+// fails always, because what the disk holds is then not known; but for a map that
+// there was no room to write: nothing is lost, and the next Flush tries again. Only
+// that one error wraps ENOSPC.
 func (o *Overlay) Flush() error {
 	o.flushing.Lock()
 	defer o.flushing.Unlock()
@@ -300,18 +303,41 @@ func (o *Overlay) Flush() error {
 	pages := o.m.takeDirty()
 	err := o.data.Sync()
 	if err == nil {
-		err = o.m.commit(pages)
+		if err = o.m.write(pages); isNoRoom(err) {
+			o.m.putBack(pages)
+			return fmt.Errorf("flush overlay: %w", err)
+		}
+	}
+	if err == nil && len(pages) > 0 {
+		err = o.m.file.Sync()
 	}
 	if err != nil {
 		o.failed = fmt.Errorf("flush overlay: %w", err)
+		if isNoRoom(err) {
+			o.failed = fmt.Errorf("flush overlay: %v", err) // not wrapped: see above
+		}
 	}
 	return o.failed
+}
+
+func isNoRoom(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 // Close closes the files without flushing them: what was acknowledged is in
 // the operating system's hands and survives the process.
 func (o *Overlay) Close() error {
 	return errors.Join(o.m.close(), o.data.Close())
+}
+
+// Owned tells whether the overlay has room of its own for all of a range: a
+// write to it takes no more, on a file system that writes in place.
+func (o *Overlay) Owned(off, n int64) bool {
+	if n <= 0 || o.check("look at", off, n) != nil {
+		return n == 0
+	}
+	first, last := off/BlockSize, (off+n-1)/BlockSize
+	return o.m.all(first, last-first+1, stateData)
 }
 
 // Dirty yields the runs that were changed over the base, ascending, with their

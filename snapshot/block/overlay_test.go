@@ -277,3 +277,21 @@ func FuzzMapHeader(f *testing.F) {
 		}
 	})
 }
+
+func TestOwnedIsWhatWasWritten(t *testing.T) {
+	o := open(t, snaptest.NewFS())
+	_, err := o.WriteAt(make([]byte, 2*BlockSize), BlockSize)
+	must(t, err)
+	must(t, o.Zero(5*BlockSize, BlockSize))
+	for _, c := range []struct {
+		off, n int64
+		owned  bool
+	}{
+		{0, 1, false}, {BlockSize, 2 * BlockSize, true}, {BlockSize + 1, 5, true}, {BlockSize - 1, 2, false}, {2*BlockSize + 1, BlockSize, false},
+		{5 * BlockSize, 1, false}, {0, 0, true}, {-1, 1, false}, {testSize, 1, false}, {0, 1 << 62, false},
+	} {
+		if got := o.Owned(c.off, c.n); got != c.owned {
+			t.Errorf("%d bytes at %d: %v", c.n, c.off, got)
+		}
+	}
+}

@@ -49,6 +49,15 @@ func TestABundleHoldsNoSecretOfALiveServer(t *testing.T) {
 		}
 	}
 	// It is of use, too.
+	manifests := 0
+	for entry, content := range entries {
+		if strings.HasPrefix(entry, "manifests/") && strings.Contains(string(content), paused.ID) {
+			manifests++
+		}
+	}
+	if manifests != 1 {
+		t.Errorf("%d manifests name the paused sandbox, want 1", manifests)
+	}
 	for entry, has := range map[string]string{
 		"about.json": "--on-exit=destroy", "journals/" + paused.ID + ".json": `"paused"`, "metrics.txt": "wrenn_sandboxes",
 		"readyz.json": `"ok"`, "logs/run-pager.log": "", "findings.json": "qemu",

@@ -142,6 +142,14 @@ func TestCrashesLoseNoSandbox(t *testing.T) {
 		}
 		spawn(t, s)
 	})
+	t.Run("the journal of a pause lost", func(t *testing.T) {
+		s.Kill()
+		if err := os.RemoveAll(filepath.Join(s.Dir, "sandboxes", paused)); err != nil {
+			t.Fatal(err)
+		}
+		restart(t, s, running)
+		h.check(t)
+	})
 	t.Run("a VM", func(t *testing.T) {
 		killVM(t, s)
 		h.check(t)

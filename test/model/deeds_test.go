@@ -34,22 +34,20 @@ type kind struct {
 	weight int
 	can    func(w *world) bool
 	draw   func(w *world, r *rand.Rand) deed
-	// writes says that the guest writes its disk.
-	writes bool
 }
 
 var kinds = []kind{
-	{"memory", 6, hasRunning, drawMemory, false},
-	{"file", 6, hasRunning, drawFile, true},
-	{"remove file", 1, hasRunning, drawRemoveFile, true},
-	{"pause", 5, hasRunning, drawPause, false},
-	{"resume", 6, func(w *world) bool { return len(w.paused()) > 0 && mayRun(w, 1) }, drawResume, false},
-	{"snapshot", 3, func(w *world) bool { return len(w.boxes) > 0 && len(w.snaps) < maxSnaps }, drawSnapshot, false},
-	{"spawn", 4, func(w *world) bool { return len(w.snaps) > 0 && mayRun(w, 1) }, drawSpawn, true},
-	{"fork", 2, func(w *world) bool { return len(w.boxes) > 0 && mayRun(w, 1) }, drawFork, true},
-	{"delete", 2, func(w *world) bool { return len(w.boxes) > 2 }, drawDelete, false},
-	{"delete snapshot", 2, func(w *world) bool { return len(w.snaps) > 1 }, drawDeleteSnapshot, false},
-	{"time limit", 2, hasRunning, drawTimeLimit, false},
+	{"memory", 6, hasRunning, drawMemory},
+	{"file", 6, hasRunning, drawFile},
+	{"remove file", 1, hasRunning, drawRemoveFile},
+	{"pause", 5, hasRunning, drawPause},
+	{"resume", 6, func(w *world) bool { return len(w.paused()) > 0 && mayRun(w, 1) }, drawResume},
+	{"snapshot", 3, func(w *world) bool { return len(w.boxes) > 0 && len(w.snaps) < maxSnaps }, drawSnapshot},
+	{"spawn", 4, func(w *world) bool { return len(w.snaps) > 0 && mayRun(w, 1) }, drawSpawn},
+	{"fork", 2, func(w *world) bool { return len(w.boxes) > 0 && mayRun(w, 1) }, drawFork},
+	{"delete", 2, func(w *world) bool { return len(w.boxes) > 2 }, drawDelete},
+	{"delete snapshot", 2, func(w *world) bool { return len(w.snaps) > 1 }, drawDeleteSnapshot},
+	{"time limit", 2, hasRunning, drawTimeLimit},
 }
 
 func hasRunning(w *world) bool { return len(w.running()) > 0 }
@@ -59,16 +57,16 @@ func mayRun(w *world, n int) bool {
 }
 
 // draw chooses an operation that is possible now.
-func (w *world) draw(r *rand.Rand, may func(kind) bool) (kind, deed) {
+func (w *world) draw(r *rand.Rand) (kind, deed) {
 	total := 0
 	for _, k := range kinds {
-		if k.can(w) && may(k) {
+		if k.can(w) {
 			total += k.weight
 		}
 	}
 	n := r.IntN(total)
 	for _, k := range kinds {
-		if !k.can(w) || !may(k) {
+		if !k.can(w) {
 			continue
 		}
 		if n -= k.weight; n < 0 {

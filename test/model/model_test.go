@@ -39,15 +39,11 @@ func TestModel(t *testing.T) {
 func (w *world) step(r *rand.Rand) {
 	if r.IntN(5) == 0 {
 		f := w.drawFault(r)
-		may := f.may
-		if may == nil {
-			may = func(kind) bool { return true }
-		}
-		_, d := w.draw(r, may)
+		_, d := w.draw(r)
 		w.struck(r, f, d)
 		return
 	}
-	_, d := w.draw(r, func(kind) bool { return true })
+	_, d := w.draw(r)
 	w.calm(d)
 	if w.tally.steps%20 == 0 {
 		w.verify()

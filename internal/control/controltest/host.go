@@ -137,6 +137,15 @@ func (h *Host) Crash(id, reason string) {
 	h.report(control.HostEvent{Sandbox: s.HostSandbox})
 }
 
+// SetWaiting has a sandbox stand still for a reason, or go on, and reports it.
+func (h *Host) SetWaiting(id, why string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s := h.sandboxes[id]
+	s.Waiting = why
+	h.report(control.HostEvent{Sandbox: s.HostSandbox})
+}
+
 // Has tells a sandbox's state.
 func (h *Host) Has(id string) (control.HostState, bool) {
 	h.mu.Lock()
@@ -304,8 +313,15 @@ func (h *Host) WatchSandboxes(ctx context.Context, changed func(control.HostEven
 	c := make(chan control.HostEvent, 64)
 	h.mu.Lock()
 	h.watchers[c] = true
+	var now []control.HostEvent
+	for _, s := range h.sandboxes {
+		now = append(now, control.HostEvent{Sandbox: s.HostSandbox})
+	}
 	h.mu.Unlock()
 	defer func() { h.mu.Lock(); delete(h.watchers, c); h.mu.Unlock() }()
+	for _, e := range now {
+		changed(e)
+	}
 	changed(control.HostEvent{Synced: true})
 	for {
 		select {

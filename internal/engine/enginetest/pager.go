@@ -34,16 +34,18 @@ type Pager struct {
 	mu     sync.Mutex
 	memory map[string]*os.File
 	disks  map[string]*disk
+	waits  map[string]int64 // since when, by sandbox
 }
 
 type disk struct {
 	image  format.ID
 	path   string
 	blocks map[int64][]byte // the overlay, by offset
+	yields bool
 }
 
 func newPager(t testing.TB, h *Host) *Pager {
-	p := &Pager{host: h, memory: map[string]*os.File{}, disks: map[string]*disk{}}
+	p := &Pager{host: h, memory: map[string]*os.File{}, disks: map[string]*disk{}, waits: map[string]int64{}}
 	mux := http.NewServeMux()
 	mux.Handle(pagerv1connect.NewPagerServiceHandler(p))
 	sock := filepath.Join(h.Dir, "pager.sock")
@@ -130,7 +132,13 @@ func (p *Pager) open(id format.ID) (*snapshot.Image, error) {
 
 // GetStatus implements pager.v1.
 func (p *Pager) GetStatus(context.Context, *connect.Request[pagerv1.GetStatusRequest]) (*connect.Response[pagerv1.GetStatusResponse], error) {
-	return connect.NewResponse(&pagerv1.GetStatusResponse{Pid: int32(os.Getpid()), Sandboxes: p.Serves()}), nil
+	out := &pagerv1.GetStatusResponse{Pid: int32(os.Getpid()), Sandboxes: p.Serves()}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for id, since := range p.waits {
+		out.Waits = append(out.Waits, &pagerv1.DiskWait{SandboxId: id, SinceUnixMs: since})
+	}
+	return connect.NewResponse(out), nil
 }
 
 // PrepareMemory implements pager.v1.
@@ -223,6 +231,7 @@ func (p *Pager) ServeDisk(_ context.Context, req *connect.Request[pagerv1.ServeD
 		if d.image != id {
 			p.host.note("the disk of %s is served from two images", req.Msg.SandboxId)
 		}
+		d.yields = false
 		return connect.NewResponse(&pagerv1.ServeDiskResponse{Size: img.Size()}), nil
 	}
 	path := req.Msg.OverlayPath + ".data"
@@ -264,6 +273,35 @@ func (p *Pager) StopDisk(_ context.Context, req *connect.Request[pagerv1.StopDis
 	defer p.mu.Unlock()
 	delete(p.disks, req.Msg.SandboxId)
 	return connect.NewResponse(&pagerv1.StopDiskResponse{}), nil
+}
+
+// SetWaits has a disk's writes wait for room since then; 0: no more.
+func (p *Pager) SetWaits(id string, sinceUnixMs int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.waits[id] = sinceUnixMs; sinceUnixMs == 0 {
+		delete(p.waits, id)
+	}
+}
+
+// Yields tells whether a disk's writes fail where there is no room.
+func (p *Pager) Yields(id string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.disks[id] != nil && p.disks[id].yields
+}
+
+// YieldDisk implements pager.v1.
+func (p *Pager) YieldDisk(_ context.Context, req *connect.Request[pagerv1.YieldDiskRequest]) (*connect.Response[pagerv1.YieldDiskResponse], error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d := p.disks[req.Msg.SandboxId]
+	if d == nil {
+		return nil, connect.NewError(connect.CodeNotFound, errors.New("no such disk"))
+	}
+	d.yields = req.Msg.Yield
+	_, waits := p.waits[req.Msg.SandboxId]
+	return connect.NewResponse(&pagerv1.YieldDiskResponse{Waiting: waits}), nil
 }
 
 // DropImage implements pager.v1; nothing is kept here.

@@ -118,7 +118,7 @@ func (l *launch) devices() []string {
 			"-blockdev", "driver=nbd,node-name=disk0,server.type=unix,server.path="+optEscape(l.host.DiskSocket)+
 				",reconnect-delay="+nbdReconnect+",discard=unmap",
 			"-device", "virtio-blk-device,id=vda,drive=disk0,bus=virtio-mmio-bus.1,"+
-				"num-queues=1,physical_block_size=4096,werror=report,rerror=report")
+				"num-queues=1,physical_block_size=4096,werror=enospc,rerror=report")
 	}
 	if l.tapFD >= 0 {
 		a = append(a,

@@ -114,7 +114,10 @@ type Sandbox struct {
 	Generation uint64 `protobuf:"varint,9,opt,name=generation,proto3" json:"generation,omitempty"`
 	// Opaque bytes that the control plane gave at creation, kept on disk beside
 	// the sandbox so that a lost database can be rebuilt.
-	Annotations   []byte `protobuf:"bytes,10,opt,name=annotations,proto3" json:"annotations,omitempty"`
+	Annotations []byte `protobuf:"bytes,10,opt,name=annotations,proto3" json:"annotations,omitempty"`
+	// Why it stands still although it runs, as on a full disk of the host; empty
+	// as long as all is well.
+	Waiting       string `protobuf:"bytes,11,opt,name=waiting,proto3" json:"waiting,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -217,6 +220,13 @@ func (x *Sandbox) GetAnnotations() []byte {
 		return x.Annotations
 	}
 	return nil
+}
+
+func (x *Sandbox) GetWaiting() string {
+	if x != nil {
+		return x.Waiting
+	}
+	return ""
 }
 
 type Snapshot struct {
@@ -3708,7 +3718,7 @@ var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
 const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
-	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe8\x02\n" +
+	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x82\x03\n" +
 	"\aSandbox\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x120\n" +
 	"\x05state\x18\x02 \x01(\x0e2\x1a.hostagent.v1.SandboxStateR\x05state\x12\x1a\n" +
@@ -3724,7 +3734,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"generation\x18\t \x01(\x04R\n" +
 	"generation\x12 \n" +
 	"\vannotations\x18\n" +
-	" \x01(\fR\vannotations\"\xa3\x02\n" +
+	" \x01(\fR\vannotations\x12\x18\n" +
+	"\awaiting\x18\v \x01(\tR\awaiting\"\xa3\x02\n" +
 	"\bSnapshot\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x14\n" +

@@ -122,8 +122,10 @@ type GetStatusResponse struct {
 	Pid     int32                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
 	Version string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// Sandboxes whose memory or disk it serves.
-	Sandboxes     []string `protobuf:"bytes,3,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
-	Totals        *Totals  `protobuf:"bytes,4,opt,name=totals,proto3" json:"totals,omitempty"`
+	Sandboxes []string `protobuf:"bytes,3,rep,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	Totals    *Totals  `protobuf:"bytes,4,opt,name=totals,proto3" json:"totals,omitempty"`
+	// Those of them whose writes wait for room on the host's disk.
+	Waits         []*DiskWait `protobuf:"bytes,5,rep,name=waits,proto3" json:"waits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -186,6 +188,65 @@ func (x *GetStatusResponse) GetTotals() *Totals {
 	return nil
 }
 
+func (x *GetStatusResponse) GetWaits() []*DiskWait {
+	if x != nil {
+		return x.Waits
+	}
+	return nil
+}
+
+type DiskWait struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	SinceUnixMs   int64                  `protobuf:"varint,2,opt,name=since_unix_ms,json=sinceUnixMs,proto3" json:"since_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiskWait) Reset() {
+	*x = DiskWait{}
+	mi := &file_pager_v1_pager_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiskWait) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiskWait) ProtoMessage() {}
+
+func (x *DiskWait) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiskWait.ProtoReflect.Descriptor instead.
+func (*DiskWait) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *DiskWait) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *DiskWait) GetSinceUnixMs() int64 {
+	if x != nil {
+		return x.SinceUnixMs
+	}
+	return 0
+}
+
 // Totals count since the pager started, over all sandboxes.
 type Totals struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
@@ -194,15 +255,17 @@ type Totals struct {
 	// RAM of all shared images now.
 	SharedResidentBytes int64 `protobuf:"varint,3,opt,name=shared_resident_bytes,json=sharedResidentBytes,proto3" json:"shared_resident_bytes,omitempty"`
 	// Page faults served, and bytes put into shared images and VMs for them.
-	Faults        uint64 `protobuf:"varint,4,opt,name=faults,proto3" json:"faults,omitempty"`
-	FilledBytes   uint64 `protobuf:"varint,5,opt,name=filled_bytes,json=filledBytes,proto3" json:"filled_bytes,omitempty"`
+	Faults      uint64 `protobuf:"varint,4,opt,name=faults,proto3" json:"faults,omitempty"`
+	FilledBytes uint64 `protobuf:"varint,5,opt,name=filled_bytes,json=filledBytes,proto3" json:"filled_bytes,omitempty"`
+	// How often a disk's writes began to wait for room.
+	DiskWaits     uint64 `protobuf:"varint,6,opt,name=disk_waits,json=diskWaits,proto3" json:"disk_waits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_pager_v1_pager_proto_msgTypes[2]
+	mi := &file_pager_v1_pager_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -214,7 +277,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[2]
+	mi := &file_pager_v1_pager_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -227,7 +290,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{2}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Totals) GetPrefetch() *Prefetch {
@@ -265,6 +328,13 @@ func (x *Totals) GetFilledBytes() uint64 {
 	return 0
 }
 
+func (x *Totals) GetDiskWaits() uint64 {
+	if x != nil {
+		return x.DiskWaits
+	}
+	return 0
+}
+
 // Prefetch tells how good the reading ahead for cold starts was. Of the bytes
 // read ahead, used were needed and the rest wasted; missed were needed and not
 // read ahead. Precision is used/read, recall used/(used+missed).
@@ -279,7 +349,7 @@ type Prefetch struct {
 
 func (x *Prefetch) Reset() {
 	*x = Prefetch{}
-	mi := &file_pager_v1_pager_proto_msgTypes[3]
+	mi := &file_pager_v1_pager_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -291,7 +361,7 @@ func (x *Prefetch) String() string {
 func (*Prefetch) ProtoMessage() {}
 
 func (x *Prefetch) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[3]
+	mi := &file_pager_v1_pager_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -304,7 +374,7 @@ func (x *Prefetch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prefetch.ProtoReflect.Descriptor instead.
 func (*Prefetch) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{3}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Prefetch) GetReadBytes() uint64 {
@@ -346,7 +416,7 @@ type PrepareMemoryRequest struct {
 
 func (x *PrepareMemoryRequest) Reset() {
 	*x = PrepareMemoryRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[4]
+	mi := &file_pager_v1_pager_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -358,7 +428,7 @@ func (x *PrepareMemoryRequest) String() string {
 func (*PrepareMemoryRequest) ProtoMessage() {}
 
 func (x *PrepareMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[4]
+	mi := &file_pager_v1_pager_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -371,7 +441,7 @@ func (x *PrepareMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareMemoryRequest.ProtoReflect.Descriptor instead.
 func (*PrepareMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{4}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PrepareMemoryRequest) GetSandboxId() string {
@@ -421,7 +491,7 @@ type PrepareMemoryResponse struct {
 
 func (x *PrepareMemoryResponse) Reset() {
 	*x = PrepareMemoryResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[5]
+	mi := &file_pager_v1_pager_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -433,7 +503,7 @@ func (x *PrepareMemoryResponse) String() string {
 func (*PrepareMemoryResponse) ProtoMessage() {}
 
 func (x *PrepareMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[5]
+	mi := &file_pager_v1_pager_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -446,7 +516,7 @@ func (x *PrepareMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareMemoryResponse.ProtoReflect.Descriptor instead.
 func (*PrepareMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{5}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PrepareMemoryResponse) GetPid() int32 {
@@ -480,7 +550,7 @@ type AttachMemoryRequest struct {
 
 func (x *AttachMemoryRequest) Reset() {
 	*x = AttachMemoryRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[6]
+	mi := &file_pager_v1_pager_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -492,7 +562,7 @@ func (x *AttachMemoryRequest) String() string {
 func (*AttachMemoryRequest) ProtoMessage() {}
 
 func (x *AttachMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[6]
+	mi := &file_pager_v1_pager_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -505,7 +575,7 @@ func (x *AttachMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachMemoryRequest.ProtoReflect.Descriptor instead.
 func (*AttachMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{6}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *AttachMemoryRequest) GetSandboxId() string {
@@ -534,7 +604,7 @@ type AttachMemoryResponse struct {
 
 func (x *AttachMemoryResponse) Reset() {
 	*x = AttachMemoryResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[7]
+	mi := &file_pager_v1_pager_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -546,7 +616,7 @@ func (x *AttachMemoryResponse) String() string {
 func (*AttachMemoryResponse) ProtoMessage() {}
 
 func (x *AttachMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[7]
+	mi := &file_pager_v1_pager_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -559,7 +629,7 @@ func (x *AttachMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttachMemoryResponse.ProtoReflect.Descriptor instead.
 func (*AttachMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{7}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AttachMemoryResponse) GetAddress() uint64 {
@@ -588,7 +658,7 @@ type ReleaseMemoryRequest struct {
 
 func (x *ReleaseMemoryRequest) Reset() {
 	*x = ReleaseMemoryRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[8]
+	mi := &file_pager_v1_pager_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +670,7 @@ func (x *ReleaseMemoryRequest) String() string {
 func (*ReleaseMemoryRequest) ProtoMessage() {}
 
 func (x *ReleaseMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[8]
+	mi := &file_pager_v1_pager_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +683,7 @@ func (x *ReleaseMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseMemoryRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{8}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ReleaseMemoryRequest) GetSandboxId() string {
@@ -638,7 +708,7 @@ type ReleaseMemoryResponse struct {
 
 func (x *ReleaseMemoryResponse) Reset() {
 	*x = ReleaseMemoryResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[9]
+	mi := &file_pager_v1_pager_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -650,7 +720,7 @@ func (x *ReleaseMemoryResponse) String() string {
 func (*ReleaseMemoryResponse) ProtoMessage() {}
 
 func (x *ReleaseMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[9]
+	mi := &file_pager_v1_pager_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -663,7 +733,7 @@ func (x *ReleaseMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseMemoryResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{9}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{10}
 }
 
 type ServeDiskRequest struct {
@@ -679,7 +749,7 @@ type ServeDiskRequest struct {
 
 func (x *ServeDiskRequest) Reset() {
 	*x = ServeDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	mi := &file_pager_v1_pager_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -691,7 +761,7 @@ func (x *ServeDiskRequest) String() string {
 func (*ServeDiskRequest) ProtoMessage() {}
 
 func (x *ServeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	mi := &file_pager_v1_pager_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -704,7 +774,7 @@ func (x *ServeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ServeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{10}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ServeDiskRequest) GetSandboxId() string {
@@ -744,7 +814,7 @@ type ServeDiskResponse struct {
 
 func (x *ServeDiskResponse) Reset() {
 	*x = ServeDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	mi := &file_pager_v1_pager_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -756,7 +826,7 @@ func (x *ServeDiskResponse) String() string {
 func (*ServeDiskResponse) ProtoMessage() {}
 
 func (x *ServeDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	mi := &file_pager_v1_pager_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -769,7 +839,7 @@ func (x *ServeDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeDiskResponse.ProtoReflect.Descriptor instead.
 func (*ServeDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{11}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ServeDiskResponse) GetSize() int64 {
@@ -788,7 +858,7 @@ type ReadDiskRequest struct {
 
 func (x *ReadDiskRequest) Reset() {
 	*x = ReadDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[12]
+	mi := &file_pager_v1_pager_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -800,7 +870,7 @@ func (x *ReadDiskRequest) String() string {
 func (*ReadDiskRequest) ProtoMessage() {}
 
 func (x *ReadDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[12]
+	mi := &file_pager_v1_pager_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -813,7 +883,7 @@ func (x *ReadDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadDiskRequest.ProtoReflect.Descriptor instead.
 func (*ReadDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{12}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReadDiskRequest) GetSandboxId() string {
@@ -835,7 +905,7 @@ type ReadDiskResponse struct {
 
 func (x *ReadDiskResponse) Reset() {
 	*x = ReadDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[13]
+	mi := &file_pager_v1_pager_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -847,7 +917,7 @@ func (x *ReadDiskResponse) String() string {
 func (*ReadDiskResponse) ProtoMessage() {}
 
 func (x *ReadDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[13]
+	mi := &file_pager_v1_pager_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -860,7 +930,7 @@ func (x *ReadDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadDiskResponse.ProtoReflect.Descriptor instead.
 func (*ReadDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{13}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReadDiskResponse) GetOffset() int64 {
@@ -893,7 +963,7 @@ type StopDiskRequest struct {
 
 func (x *StopDiskRequest) Reset() {
 	*x = StopDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[14]
+	mi := &file_pager_v1_pager_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -905,7 +975,7 @@ func (x *StopDiskRequest) String() string {
 func (*StopDiskRequest) ProtoMessage() {}
 
 func (x *StopDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[14]
+	mi := &file_pager_v1_pager_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -918,7 +988,7 @@ func (x *StopDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopDiskRequest.ProtoReflect.Descriptor instead.
 func (*StopDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{14}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StopDiskRequest) GetSandboxId() string {
@@ -936,7 +1006,7 @@ type StopDiskResponse struct {
 
 func (x *StopDiskResponse) Reset() {
 	*x = StopDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[15]
+	mi := &file_pager_v1_pager_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -948,7 +1018,7 @@ func (x *StopDiskResponse) String() string {
 func (*StopDiskResponse) ProtoMessage() {}
 
 func (x *StopDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[15]
+	mi := &file_pager_v1_pager_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -961,7 +1031,104 @@ func (x *StopDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopDiskResponse.ProtoReflect.Descriptor instead.
 func (*StopDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{15}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{16}
+}
+
+type YieldDiskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	Yield         bool                   `protobuf:"varint,2,opt,name=yield,proto3" json:"yield,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *YieldDiskRequest) Reset() {
+	*x = YieldDiskRequest{}
+	mi := &file_pager_v1_pager_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *YieldDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*YieldDiskRequest) ProtoMessage() {}
+
+func (x *YieldDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use YieldDiskRequest.ProtoReflect.Descriptor instead.
+func (*YieldDiskRequest) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *YieldDiskRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *YieldDiskRequest) GetYield() bool {
+	if x != nil {
+		return x.Yield
+	}
+	return false
+}
+
+type YieldDiskResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Writes wait for room, or did when this call came.
+	Waiting       bool `protobuf:"varint,1,opt,name=waiting,proto3" json:"waiting,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *YieldDiskResponse) Reset() {
+	*x = YieldDiskResponse{}
+	mi := &file_pager_v1_pager_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *YieldDiskResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*YieldDiskResponse) ProtoMessage() {}
+
+func (x *YieldDiskResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use YieldDiskResponse.ProtoReflect.Descriptor instead.
+func (*YieldDiskResponse) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *YieldDiskResponse) GetWaiting() bool {
+	if x != nil {
+		return x.Waiting
+	}
+	return false
 }
 
 type DropImageRequest struct {
@@ -973,7 +1140,7 @@ type DropImageRequest struct {
 
 func (x *DropImageRequest) Reset() {
 	*x = DropImageRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[16]
+	mi := &file_pager_v1_pager_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -985,7 +1152,7 @@ func (x *DropImageRequest) String() string {
 func (*DropImageRequest) ProtoMessage() {}
 
 func (x *DropImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[16]
+	mi := &file_pager_v1_pager_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -998,7 +1165,7 @@ func (x *DropImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropImageRequest.ProtoReflect.Descriptor instead.
 func (*DropImageRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{16}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DropImageRequest) GetImageId() string {
@@ -1016,7 +1183,7 @@ type DropImageResponse struct {
 
 func (x *DropImageResponse) Reset() {
 	*x = DropImageResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[17]
+	mi := &file_pager_v1_pager_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1028,7 +1195,7 @@ func (x *DropImageResponse) String() string {
 func (*DropImageResponse) ProtoMessage() {}
 
 func (x *DropImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[17]
+	mi := &file_pager_v1_pager_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1041,7 +1208,7 @@ func (x *DropImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropImageResponse.ProtoReflect.Descriptor instead.
 func (*DropImageResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{17}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{20}
 }
 
 type GetStatsRequest struct {
@@ -1053,7 +1220,7 @@ type GetStatsRequest struct {
 
 func (x *GetStatsRequest) Reset() {
 	*x = GetStatsRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[18]
+	mi := &file_pager_v1_pager_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1232,7 @@ func (x *GetStatsRequest) String() string {
 func (*GetStatsRequest) ProtoMessage() {}
 
 func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[18]
+	mi := &file_pager_v1_pager_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1245,7 @@ func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
 func (*GetStatsRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{18}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GetStatsRequest) GetSandboxId() string {
@@ -1109,7 +1276,7 @@ type GetStatsResponse struct {
 
 func (x *GetStatsResponse) Reset() {
 	*x = GetStatsResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[19]
+	mi := &file_pager_v1_pager_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1121,7 +1288,7 @@ func (x *GetStatsResponse) String() string {
 func (*GetStatsResponse) ProtoMessage() {}
 
 func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[19]
+	mi := &file_pager_v1_pager_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1134,7 +1301,7 @@ func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
 func (*GetStatsResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{19}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetStatsResponse) GetFaults() uint64 {
@@ -1195,7 +1362,7 @@ type EvictMemoryRequest struct {
 
 func (x *EvictMemoryRequest) Reset() {
 	*x = EvictMemoryRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[20]
+	mi := &file_pager_v1_pager_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1207,7 +1374,7 @@ func (x *EvictMemoryRequest) String() string {
 func (*EvictMemoryRequest) ProtoMessage() {}
 
 func (x *EvictMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[20]
+	mi := &file_pager_v1_pager_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1220,7 +1387,7 @@ func (x *EvictMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictMemoryRequest.ProtoReflect.Descriptor instead.
 func (*EvictMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{20}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *EvictMemoryRequest) GetBytes() int64 {
@@ -1239,7 +1406,7 @@ type EvictMemoryResponse struct {
 
 func (x *EvictMemoryResponse) Reset() {
 	*x = EvictMemoryResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[21]
+	mi := &file_pager_v1_pager_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1251,7 +1418,7 @@ func (x *EvictMemoryResponse) String() string {
 func (*EvictMemoryResponse) ProtoMessage() {}
 
 func (x *EvictMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[21]
+	mi := &file_pager_v1_pager_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1264,7 +1431,7 @@ func (x *EvictMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictMemoryResponse.ProtoReflect.Descriptor instead.
 func (*EvictMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{21}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *EvictMemoryResponse) GetEvictedBytes() int64 {
@@ -1279,18 +1446,25 @@ var File_pager_v1_pager_proto protoreflect.FileDescriptor
 const file_pager_v1_pager_proto_rawDesc = "" +
 	"\n" +
 	"\x14pager/v1/pager.proto\x12\bpager.v1\"\x12\n" +
-	"\x10GetStatusRequest\"\x87\x01\n" +
+	"\x10GetStatusRequest\"\xb1\x01\n" +
 	"\x11GetStatusResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x1c\n" +
 	"\tsandboxes\x18\x03 \x03(\tR\tsandboxes\x12(\n" +
-	"\x06totals\x18\x04 \x01(\v2\x10.pager.v1.TotalsR\x06totals\"\xcc\x01\n" +
+	"\x06totals\x18\x04 \x01(\v2\x10.pager.v1.TotalsR\x06totals\x12(\n" +
+	"\x05waits\x18\x05 \x03(\v2\x12.pager.v1.DiskWaitR\x05waits\"M\n" +
+	"\bDiskWait\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\"\n" +
+	"\rsince_unix_ms\x18\x02 \x01(\x03R\vsinceUnixMs\"\xeb\x01\n" +
 	"\x06Totals\x12.\n" +
 	"\bprefetch\x18\x01 \x01(\v2\x12.pager.v1.PrefetchR\bprefetch\x12#\n" +
 	"\revicted_bytes\x18\x02 \x01(\x04R\fevictedBytes\x122\n" +
 	"\x15shared_resident_bytes\x18\x03 \x01(\x03R\x13sharedResidentBytes\x12\x16\n" +
 	"\x06faults\x18\x04 \x01(\x04R\x06faults\x12!\n" +
-	"\ffilled_bytes\x18\x05 \x01(\x04R\vfilledBytes\"k\n" +
+	"\ffilled_bytes\x18\x05 \x01(\x04R\vfilledBytes\x12\x1d\n" +
+	"\n" +
+	"disk_waits\x18\x06 \x01(\x04R\tdiskWaits\"k\n" +
 	"\bPrefetch\x12\x1d\n" +
 	"\n" +
 	"read_bytes\x18\x01 \x01(\x04R\treadBytes\x12\x1d\n" +
@@ -1340,7 +1514,13 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\x0fStopDiskRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x12\n" +
-	"\x10StopDiskResponse\"-\n" +
+	"\x10StopDiskResponse\"G\n" +
+	"\x10YieldDiskRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x14\n" +
+	"\x05yield\x18\x02 \x01(\bR\x05yield\"-\n" +
+	"\x11YieldDiskResponse\x12\x18\n" +
+	"\awaiting\x18\x01 \x01(\bR\awaiting\"-\n" +
 	"\x10DropImageRequest\x12\x19\n" +
 	"\bimage_id\x18\x01 \x01(\tR\aimageId\"\x13\n" +
 	"\x11DropImageResponse\"0\n" +
@@ -1364,7 +1544,7 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"MemoryMode\x12\x1b\n" +
 	"\x17MEMORY_MODE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12MEMORY_MODE_SHARED\x10\x01\x12\x14\n" +
-	"\x10MEMORY_MODE_COPY\x10\x022\xea\x05\n" +
+	"\x10MEMORY_MODE_COPY\x10\x022\xb0\x06\n" +
 	"\fPagerService\x12D\n" +
 	"\tGetStatus\x12\x1a.pager.v1.GetStatusRequest\x1a\x1b.pager.v1.GetStatusResponse\x12P\n" +
 	"\rPrepareMemory\x12\x1e.pager.v1.PrepareMemoryRequest\x1a\x1f.pager.v1.PrepareMemoryResponse\x12M\n" +
@@ -1373,6 +1553,7 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\tServeDisk\x12\x1a.pager.v1.ServeDiskRequest\x1a\x1b.pager.v1.ServeDiskResponse\x12C\n" +
 	"\bReadDisk\x12\x19.pager.v1.ReadDiskRequest\x1a\x1a.pager.v1.ReadDiskResponse0\x01\x12A\n" +
 	"\bStopDisk\x12\x19.pager.v1.StopDiskRequest\x1a\x1a.pager.v1.StopDiskResponse\x12D\n" +
+	"\tYieldDisk\x12\x1a.pager.v1.YieldDiskRequest\x1a\x1b.pager.v1.YieldDiskResponse\x12D\n" +
 	"\tDropImage\x12\x1a.pager.v1.DropImageRequest\x1a\x1b.pager.v1.DropImageResponse\x12J\n" +
 	"\vEvictMemory\x12\x1c.pager.v1.EvictMemoryRequest\x1a\x1d.pager.v1.EvictMemoryResponse\x12A\n" +
 	"\bGetStats\x12\x19.pager.v1.GetStatsRequest\x1a\x1a.pager.v1.GetStatsResponseB\x96\x01\n" +
@@ -1392,62 +1573,68 @@ func file_pager_v1_pager_proto_rawDescGZIP() []byte {
 }
 
 var file_pager_v1_pager_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pager_v1_pager_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_pager_v1_pager_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_pager_v1_pager_proto_goTypes = []any{
 	(MemoryMode)(0),               // 0: pager.v1.MemoryMode
 	(*GetStatusRequest)(nil),      // 1: pager.v1.GetStatusRequest
 	(*GetStatusResponse)(nil),     // 2: pager.v1.GetStatusResponse
-	(*Totals)(nil),                // 3: pager.v1.Totals
-	(*Prefetch)(nil),              // 4: pager.v1.Prefetch
-	(*PrepareMemoryRequest)(nil),  // 5: pager.v1.PrepareMemoryRequest
-	(*PrepareMemoryResponse)(nil), // 6: pager.v1.PrepareMemoryResponse
-	(*AttachMemoryRequest)(nil),   // 7: pager.v1.AttachMemoryRequest
-	(*AttachMemoryResponse)(nil),  // 8: pager.v1.AttachMemoryResponse
-	(*ReleaseMemoryRequest)(nil),  // 9: pager.v1.ReleaseMemoryRequest
-	(*ReleaseMemoryResponse)(nil), // 10: pager.v1.ReleaseMemoryResponse
-	(*ServeDiskRequest)(nil),      // 11: pager.v1.ServeDiskRequest
-	(*ServeDiskResponse)(nil),     // 12: pager.v1.ServeDiskResponse
-	(*ReadDiskRequest)(nil),       // 13: pager.v1.ReadDiskRequest
-	(*ReadDiskResponse)(nil),      // 14: pager.v1.ReadDiskResponse
-	(*StopDiskRequest)(nil),       // 15: pager.v1.StopDiskRequest
-	(*StopDiskResponse)(nil),      // 16: pager.v1.StopDiskResponse
-	(*DropImageRequest)(nil),      // 17: pager.v1.DropImageRequest
-	(*DropImageResponse)(nil),     // 18: pager.v1.DropImageResponse
-	(*GetStatsRequest)(nil),       // 19: pager.v1.GetStatsRequest
-	(*GetStatsResponse)(nil),      // 20: pager.v1.GetStatsResponse
-	(*EvictMemoryRequest)(nil),    // 21: pager.v1.EvictMemoryRequest
-	(*EvictMemoryResponse)(nil),   // 22: pager.v1.EvictMemoryResponse
+	(*DiskWait)(nil),              // 3: pager.v1.DiskWait
+	(*Totals)(nil),                // 4: pager.v1.Totals
+	(*Prefetch)(nil),              // 5: pager.v1.Prefetch
+	(*PrepareMemoryRequest)(nil),  // 6: pager.v1.PrepareMemoryRequest
+	(*PrepareMemoryResponse)(nil), // 7: pager.v1.PrepareMemoryResponse
+	(*AttachMemoryRequest)(nil),   // 8: pager.v1.AttachMemoryRequest
+	(*AttachMemoryResponse)(nil),  // 9: pager.v1.AttachMemoryResponse
+	(*ReleaseMemoryRequest)(nil),  // 10: pager.v1.ReleaseMemoryRequest
+	(*ReleaseMemoryResponse)(nil), // 11: pager.v1.ReleaseMemoryResponse
+	(*ServeDiskRequest)(nil),      // 12: pager.v1.ServeDiskRequest
+	(*ServeDiskResponse)(nil),     // 13: pager.v1.ServeDiskResponse
+	(*ReadDiskRequest)(nil),       // 14: pager.v1.ReadDiskRequest
+	(*ReadDiskResponse)(nil),      // 15: pager.v1.ReadDiskResponse
+	(*StopDiskRequest)(nil),       // 16: pager.v1.StopDiskRequest
+	(*StopDiskResponse)(nil),      // 17: pager.v1.StopDiskResponse
+	(*YieldDiskRequest)(nil),      // 18: pager.v1.YieldDiskRequest
+	(*YieldDiskResponse)(nil),     // 19: pager.v1.YieldDiskResponse
+	(*DropImageRequest)(nil),      // 20: pager.v1.DropImageRequest
+	(*DropImageResponse)(nil),     // 21: pager.v1.DropImageResponse
+	(*GetStatsRequest)(nil),       // 22: pager.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),      // 23: pager.v1.GetStatsResponse
+	(*EvictMemoryRequest)(nil),    // 24: pager.v1.EvictMemoryRequest
+	(*EvictMemoryResponse)(nil),   // 25: pager.v1.EvictMemoryResponse
 }
 var file_pager_v1_pager_proto_depIdxs = []int32{
-	3,  // 0: pager.v1.GetStatusResponse.totals:type_name -> pager.v1.Totals
-	4,  // 1: pager.v1.Totals.prefetch:type_name -> pager.v1.Prefetch
-	0,  // 2: pager.v1.PrepareMemoryRequest.mode:type_name -> pager.v1.MemoryMode
-	4,  // 3: pager.v1.GetStatsResponse.prefetch:type_name -> pager.v1.Prefetch
-	1,  // 4: pager.v1.PagerService.GetStatus:input_type -> pager.v1.GetStatusRequest
-	5,  // 5: pager.v1.PagerService.PrepareMemory:input_type -> pager.v1.PrepareMemoryRequest
-	7,  // 6: pager.v1.PagerService.AttachMemory:input_type -> pager.v1.AttachMemoryRequest
-	9,  // 7: pager.v1.PagerService.ReleaseMemory:input_type -> pager.v1.ReleaseMemoryRequest
-	11, // 8: pager.v1.PagerService.ServeDisk:input_type -> pager.v1.ServeDiskRequest
-	13, // 9: pager.v1.PagerService.ReadDisk:input_type -> pager.v1.ReadDiskRequest
-	15, // 10: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
-	17, // 11: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
-	21, // 12: pager.v1.PagerService.EvictMemory:input_type -> pager.v1.EvictMemoryRequest
-	19, // 13: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
-	2,  // 14: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
-	6,  // 15: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
-	8,  // 16: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
-	10, // 17: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
-	12, // 18: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
-	14, // 19: pager.v1.PagerService.ReadDisk:output_type -> pager.v1.ReadDiskResponse
-	16, // 20: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
-	18, // 21: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
-	22, // 22: pager.v1.PagerService.EvictMemory:output_type -> pager.v1.EvictMemoryResponse
-	20, // 23: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
-	14, // [14:24] is the sub-list for method output_type
-	4,  // [4:14] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	4,  // 0: pager.v1.GetStatusResponse.totals:type_name -> pager.v1.Totals
+	3,  // 1: pager.v1.GetStatusResponse.waits:type_name -> pager.v1.DiskWait
+	5,  // 2: pager.v1.Totals.prefetch:type_name -> pager.v1.Prefetch
+	0,  // 3: pager.v1.PrepareMemoryRequest.mode:type_name -> pager.v1.MemoryMode
+	5,  // 4: pager.v1.GetStatsResponse.prefetch:type_name -> pager.v1.Prefetch
+	1,  // 5: pager.v1.PagerService.GetStatus:input_type -> pager.v1.GetStatusRequest
+	6,  // 6: pager.v1.PagerService.PrepareMemory:input_type -> pager.v1.PrepareMemoryRequest
+	8,  // 7: pager.v1.PagerService.AttachMemory:input_type -> pager.v1.AttachMemoryRequest
+	10, // 8: pager.v1.PagerService.ReleaseMemory:input_type -> pager.v1.ReleaseMemoryRequest
+	12, // 9: pager.v1.PagerService.ServeDisk:input_type -> pager.v1.ServeDiskRequest
+	14, // 10: pager.v1.PagerService.ReadDisk:input_type -> pager.v1.ReadDiskRequest
+	16, // 11: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
+	18, // 12: pager.v1.PagerService.YieldDisk:input_type -> pager.v1.YieldDiskRequest
+	20, // 13: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
+	24, // 14: pager.v1.PagerService.EvictMemory:input_type -> pager.v1.EvictMemoryRequest
+	22, // 15: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
+	2,  // 16: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
+	7,  // 17: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
+	9,  // 18: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
+	11, // 19: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
+	13, // 20: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
+	15, // 21: pager.v1.PagerService.ReadDisk:output_type -> pager.v1.ReadDiskResponse
+	17, // 22: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
+	19, // 23: pager.v1.PagerService.YieldDisk:output_type -> pager.v1.YieldDiskResponse
+	21, // 24: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
+	25, // 25: pager.v1.PagerService.EvictMemory:output_type -> pager.v1.EvictMemoryResponse
+	23, // 26: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
+	16, // [16:27] is the sub-list for method output_type
+	5,  // [5:16] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_pager_v1_pager_proto_init() }
@@ -1461,7 +1648,7 @@ func file_pager_v1_pager_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pager_v1_pager_proto_rawDesc), len(file_pager_v1_pager_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   22,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -56,6 +56,8 @@ const (
 	PagerServiceReadDiskProcedure = "/pager.v1.PagerService/ReadDisk"
 	// PagerServiceStopDiskProcedure is the fully-qualified name of the PagerService's StopDisk RPC.
 	PagerServiceStopDiskProcedure = "/pager.v1.PagerService/StopDisk"
+	// PagerServiceYieldDiskProcedure is the fully-qualified name of the PagerService's YieldDisk RPC.
+	PagerServiceYieldDiskProcedure = "/pager.v1.PagerService/YieldDisk"
 	// PagerServiceDropImageProcedure is the fully-qualified name of the PagerService's DropImage RPC.
 	PagerServiceDropImageProcedure = "/pager.v1.PagerService/DropImage"
 	// PagerServiceEvictMemoryProcedure is the fully-qualified name of the PagerService's EvictMemory
@@ -88,6 +90,11 @@ type PagerServiceClient interface {
 	ReadDisk(context.Context, *connect.Request[v1.ReadDiskRequest]) (*connect.ServerStreamForClient[v1.ReadDiskResponse], error)
 	// StopDisk closes the socket and the overlay; the overlay's files stay.
 	StopDisk(context.Context, *connect.Request[v1.StopDiskRequest]) (*connect.Response[v1.StopDiskResponse], error)
+	// YieldDisk says what becomes of writes that find the host's disk full. They
+	// wait until there is room; while yield is set they are answered with ENOSPC,
+	// for a VMM that keeps them itself, and would otherwise wait for them as it
+	// stops.
+	YieldDisk(context.Context, *connect.Request[v1.YieldDiskRequest]) (*connect.Response[v1.YieldDiskResponse], error)
 	// DropImage forgets an image that was kept warm; in use, it stays.
 	DropImage(context.Context, *connect.Request[v1.DropImageRequest]) (*connect.Response[v1.DropImageResponse], error)
 	// EvictMemory takes pages of images out of RAM: images without a user first,
@@ -150,6 +157,12 @@ func NewPagerServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(pagerServiceMethods.ByName("StopDisk")),
 			connect.WithClientOptions(opts...),
 		),
+		yieldDisk: connect.NewClient[v1.YieldDiskRequest, v1.YieldDiskResponse](
+			httpClient,
+			baseURL+PagerServiceYieldDiskProcedure,
+			connect.WithSchema(pagerServiceMethods.ByName("YieldDisk")),
+			connect.WithClientOptions(opts...),
+		),
 		dropImage: connect.NewClient[v1.DropImageRequest, v1.DropImageResponse](
 			httpClient,
 			baseURL+PagerServiceDropImageProcedure,
@@ -180,6 +193,7 @@ type pagerServiceClient struct {
 	serveDisk     *connect.Client[v1.ServeDiskRequest, v1.ServeDiskResponse]
 	readDisk      *connect.Client[v1.ReadDiskRequest, v1.ReadDiskResponse]
 	stopDisk      *connect.Client[v1.StopDiskRequest, v1.StopDiskResponse]
+	yieldDisk     *connect.Client[v1.YieldDiskRequest, v1.YieldDiskResponse]
 	dropImage     *connect.Client[v1.DropImageRequest, v1.DropImageResponse]
 	evictMemory   *connect.Client[v1.EvictMemoryRequest, v1.EvictMemoryResponse]
 	getStats      *connect.Client[v1.GetStatsRequest, v1.GetStatsResponse]
@@ -220,6 +234,11 @@ func (c *pagerServiceClient) StopDisk(ctx context.Context, req *connect.Request[
 	return c.stopDisk.CallUnary(ctx, req)
 }
 
+// YieldDisk calls pager.v1.PagerService.YieldDisk.
+func (c *pagerServiceClient) YieldDisk(ctx context.Context, req *connect.Request[v1.YieldDiskRequest]) (*connect.Response[v1.YieldDiskResponse], error) {
+	return c.yieldDisk.CallUnary(ctx, req)
+}
+
 // DropImage calls pager.v1.PagerService.DropImage.
 func (c *pagerServiceClient) DropImage(ctx context.Context, req *connect.Request[v1.DropImageRequest]) (*connect.Response[v1.DropImageResponse], error) {
 	return c.dropImage.CallUnary(ctx, req)
@@ -258,6 +277,11 @@ type PagerServiceHandler interface {
 	ReadDisk(context.Context, *connect.Request[v1.ReadDiskRequest], *connect.ServerStream[v1.ReadDiskResponse]) error
 	// StopDisk closes the socket and the overlay; the overlay's files stay.
 	StopDisk(context.Context, *connect.Request[v1.StopDiskRequest]) (*connect.Response[v1.StopDiskResponse], error)
+	// YieldDisk says what becomes of writes that find the host's disk full. They
+	// wait until there is room; while yield is set they are answered with ENOSPC,
+	// for a VMM that keeps them itself, and would otherwise wait for them as it
+	// stops.
+	YieldDisk(context.Context, *connect.Request[v1.YieldDiskRequest]) (*connect.Response[v1.YieldDiskResponse], error)
 	// DropImage forgets an image that was kept warm; in use, it stays.
 	DropImage(context.Context, *connect.Request[v1.DropImageRequest]) (*connect.Response[v1.DropImageResponse], error)
 	// EvictMemory takes pages of images out of RAM: images without a user first,
@@ -316,6 +340,12 @@ func NewPagerServiceHandler(svc PagerServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(pagerServiceMethods.ByName("StopDisk")),
 		connect.WithHandlerOptions(opts...),
 	)
+	pagerServiceYieldDiskHandler := connect.NewUnaryHandler(
+		PagerServiceYieldDiskProcedure,
+		svc.YieldDisk,
+		connect.WithSchema(pagerServiceMethods.ByName("YieldDisk")),
+		connect.WithHandlerOptions(opts...),
+	)
 	pagerServiceDropImageHandler := connect.NewUnaryHandler(
 		PagerServiceDropImageProcedure,
 		svc.DropImage,
@@ -350,6 +380,8 @@ func NewPagerServiceHandler(svc PagerServiceHandler, opts ...connect.HandlerOpti
 			pagerServiceReadDiskHandler.ServeHTTP(w, r)
 		case PagerServiceStopDiskProcedure:
 			pagerServiceStopDiskHandler.ServeHTTP(w, r)
+		case PagerServiceYieldDiskProcedure:
+			pagerServiceYieldDiskHandler.ServeHTTP(w, r)
 		case PagerServiceDropImageProcedure:
 			pagerServiceDropImageHandler.ServeHTTP(w, r)
 		case PagerServiceEvictMemoryProcedure:
@@ -391,6 +423,10 @@ func (UnimplementedPagerServiceHandler) ReadDisk(context.Context, *connect.Reque
 
 func (UnimplementedPagerServiceHandler) StopDisk(context.Context, *connect.Request[v1.StopDiskRequest]) (*connect.Response[v1.StopDiskResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("pager.v1.PagerService.StopDisk is not implemented"))
+}
+
+func (UnimplementedPagerServiceHandler) YieldDisk(context.Context, *connect.Request[v1.YieldDiskRequest]) (*connect.Response[v1.YieldDiskResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("pager.v1.PagerService.YieldDisk is not implemented"))
 }
 
 func (UnimplementedPagerServiceHandler) DropImage(context.Context, *connect.Request[v1.DropImageRequest]) (*connect.Response[v1.DropImageResponse], error) {
