@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -104,6 +105,12 @@ func TestALostJournalOfARunKillsNothing(t *testing.T) {
 			w.must(w.pause("a"))
 			w.must(w.resume("a", false))
 		}
+		// A process has no name yet for a moment after it was started.
+		vm, _ := w.VM("a")
+		w.until("its program runs", func() bool {
+			cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", vm.PID))
+			return err == nil && len(cmdline) > 0
+		})
 		w.crash()
 		w.must(os.Remove(filepath.Join(w.Dir, "sandboxes", "a", "journal.json")))
 		return w
