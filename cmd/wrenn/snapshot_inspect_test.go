@@ -118,3 +118,37 @@ func TestSnapshotInspectNamesWhatIsMissing(t *testing.T) {
 		t.Errorf("without a store: exit code %d: %s", r.code, r.stderr)
 	}
 }
+
+// What a snapshot is said to keep alone and with others are the files of the
+// store: each of them is counted in one column or the other.
+func TestStoreUsageIsWhatTheFilesTake(t *testing.T) {
+	dir := makeStore(t)
+	r := wrenn(t, "store", "usage", "--dir", dir, "--json")
+	if r.code != 0 {
+		t.Fatalf("exit code %d: %s", r.code, r.stderr)
+	}
+	var out struct {
+		Usage []usageRow `json:"usage"`
+	}
+	if err := json.Unmarshal([]byte(r.stdout), &out); err != nil || len(out.Usage) != 2 {
+		t.Fatalf("%d rows (%v) of\n%s", len(out.Usage), err, r.stdout)
+	}
+	var files int64
+	err := filepath.WalkDir(filepath.Join(dir, "store"), func(_ string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil {
+			files += info.Size()
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := out.Usage[0], out.Usage[1]
+	if a.SharedBytes != b.SharedBytes || a.SharedBytes < 8*format.BlockSize || a.OwnBytes+b.OwnBytes+a.SharedBytes != files {
+		t.Fatalf("own %d and %d, shared %d and %d bytes; the files have %d", a.OwnBytes, b.OwnBytes, a.SharedBytes, b.SharedBytes, files)
+	}
+}

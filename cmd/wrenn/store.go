@@ -131,44 +131,17 @@ type usageRow struct {
 }
 
 func usageOf(store *snapshot.Store) ([]usageRow, error) {
-	manifests, errs := store.Manifests()
-	if err := errors.Join(errs...); err != nil {
+	usage, _, err := store.Usage()
+	if err != nil {
 		return nil, fmt.Errorf("%w; `wrenn store verify` tells more", err)
 	}
-	builds := make([]map[format.ID]int64, len(manifests))
-	users := map[format.ID]int{}
-	for i, m := range manifests {
-		builds[i] = map[format.ID]int64{}
-		for _, id := range []format.ID{m.Memory.ID, m.Disk.ID} {
-			if id.IsZero() {
-				continue
-			}
-			img, err := store.OpenImage(id)
-			if err != nil {
-				return nil, err
-			}
-			for _, b := range img.Header().Builds {
-				builds[i][b.ID] = int64(b.Blocks) * format.BlockSize
-			}
-			if err := img.Close(); err != nil {
-				return nil, err
-			}
-		}
-		for id := range builds[i] {
-			users[id]++
-		}
-	}
-	rows := make([]usageRow, 0, len(manifests))
-	for i, m := range manifests {
-		row := usageRow{Name: m.Name, Kind: m.Kind, Sandbox: m.SandboxID, ID: m.ID, Generation: m.Generation, OwnBytes: m.State.Size}
-		for id, n := range builds[i] {
-			if users[id] == 1 {
-				row.OwnBytes += n
-			} else {
-				row.SharedBytes += n
-			}
-		}
-		rows = append(rows, row)
+	rows := make([]usageRow, 0, len(usage))
+	for _, u := range usage {
+		m := u.Manifest
+		rows = append(rows, usageRow{
+			Name: m.Name, Kind: m.Kind, Sandbox: m.SandboxID, ID: m.ID, Generation: m.Generation,
+			OwnBytes: u.Own, SharedBytes: u.Shared,
+		})
 	}
 	return rows, nil
 }
