@@ -17,7 +17,7 @@ import (
 
 // A machine is restored from a memory image without reading it first. It needs
 // root, and a VMM that maps guest memory from a file and does not touch it
-// before it is attached.
+// before it is attached. TestTheExampleRuns runs it with another machine.
 func Example() {
 	ctx := context.Background()
 	store, err := snapshot.Open("/var/lib/example/store", snapshot.Options{})
@@ -34,53 +34,61 @@ func Example() {
 		log.Fatal(err)
 	}
 	defer img.Close()
+	// The machine is told to go on, and later to stand still again.
+	live := func() error { return nil }
+	if err := restore(ctx, store, img, "/var/lib/example/machine.json", startMachine, live); err != nil {
+		log.Fatal(err)
+	}
+}
 
+// restore starts a machine from an image, lets it live, and keeps what it has
+// written as the next generation.
+func restore(ctx context.Context, store *snapshot.Store, img *snapshot.Image, record string,
+	start func(mem string, size int64) (pid int, err error), live func() error) error {
 	// Once for the image, for all machines that start from it.
 	shared, err := uffd.NewShared("memory-"+img.ID().String(), img)
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	defer shared.Close()
 	server, err := uffd.NewServer(uffd.Options{OnFatal: func(id string, err error) {
 		log.Printf("machine %s was killed, a page of it cannot be had: %v", id, err)
 	}})
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	defer server.Close()
 
-	pid, err := startMachine(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), shared.File().Fd()), shared.Size())
+	pid, err := start(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), shared.File().Fd()), shared.Size())
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	a, err := uffd.Inject(ctx, pid, shared, -1)
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	// For the process after this one: uffd.Reattach goes on from it.
-	record, err := json.Marshal(a.Record())
+	b, err := json.Marshal(a.Record())
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
-	if err := os.WriteFile("/var/lib/example/machine.json", record, 0o600); err != nil {
-		log.Fatal(err)
+	if err := os.WriteFile(record, b, 0o600); err != nil {
+		return err
 	}
 	if err := server.Add("machine", a); err != nil {
-		log.Fatal(err)
+		return err
 	}
-
-	// …the machine is told to go on. Later it stands still again, and what it
-	// has written becomes the next generation:
+	if err := live(); err != nil {
+		return err
+	}
 	if err := capture(ctx, store, img, a.Record()); err != nil {
-		log.Fatal(err)
+		return err
 	}
-	if err := server.Remove("machine"); err != nil { // when it has ended
-		log.Fatal(err)
-	}
+	return server.Remove("machine") // when it has ended
 }
 
-// capture writes the pages that are the machine's own as a generation after img.
-// A Txn then names it, as in the example of package snapshot.
+// capture writes the pages that are the machine's own as a generation after img,
+// and names it.
 func capture(ctx context.Context, store *snapshot.Store, img *snapshot.Image, rec uffd.AttachmentRecord) error {
 	w, err := store.NewImage(img.Size(), img)
 	if err != nil {
@@ -109,8 +117,16 @@ func capture(ctx context.Context, store *snapshot.Store, img *snapshot.Image, re
 	if err != nil {
 		return err
 	}
-	_, err = w.Finish(ctx)
-	return err
+	id, err := w.Finish(ctx)
+	if err != nil {
+		return err
+	}
+	txn, err := store.Begin()
+	if err != nil {
+		return err
+	}
+	defer txn.Abort()
+	return txn.Commit(ctx, snapshot.Manifest{Kind: snapshot.KindPause, Memory: snapshot.ImageRef{ID: id}})
 }
 
 // startMachine starts a VMM that waits for its state, with the file as guest
