@@ -184,7 +184,7 @@ func databaseOf(t *testing.T, dir string) []string {
 func states(t *testing.T, s *harness.Server, want map[string]string) {
 	t.Helper()
 	var have string
-	if !harness.Eventually(15*time.Second, func() bool {
+	if !harness.Eventually(time.Minute, func() bool {
 		page, err := s.ListSandboxes(t.Context(), client.ListSandboxesOptions{})
 		if err != nil {
 			have = err.Error()

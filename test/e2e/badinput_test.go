@@ -158,7 +158,7 @@ func TestATruncatedUploadLeavesTheFileAsItWas(t *testing.T) {
 	sb := spawn(t, s)
 	sh(t, s, sb.ID, "mkdir /home/user/up && echo old > /home/user/up/f")
 	for _, name := range []string{"f", "new"} {
-		c, err := net.DialTimeout("tcp", strings.TrimPrefix(s.URL, "http://"), 5*time.Second)
+		c, err := net.DialTimeout("tcp", strings.TrimPrefix(s.URL, "http://"), time.Minute)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -168,14 +168,14 @@ func TestATruncatedUploadLeavesTheFileAsItWas(t *testing.T) {
 		if err := c.(*net.TCPConn).CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
-		c.SetReadDeadline(time.Now().Add(20 * time.Second))
+		c.SetReadDeadline(time.Now().Add(time.Minute))
 		line, _ := bufio.NewReader(c).ReadString('\n')
 		if line != "" && !strings.Contains(line, " 400 ") {
 			t.Errorf("the answer to a truncated upload: %q", line)
 		}
 		c.Close()
 	}
-	if !harness.Eventually(10*time.Second, func() bool {
+	if !harness.Eventually(time.Minute, func() bool {
 		return sh(t, s, sb.ID, "ls -A /home/user/up; cat /home/user/up/f") == "f\nold"
 	}) {
 		t.Errorf("the directory holds %q", sh(t, s, sb.ID, "ls -lA /home/user/up"))

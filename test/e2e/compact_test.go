@@ -88,8 +88,17 @@ func TestKilledInTheMiddleOfCompactions(t *testing.T) {
 	sb := spawn(t, s).ID
 	killed := 0
 	for g := 0; g < 12 && killed < 3; g++ {
+		done := bytes.Count(log.bytes(), []byte("image compacted"))
 		want := generation(t, s, sb, g)
-		if harness.Eventually(2*time.Second, func() bool { return compacting(t, s) }) {
+		seen, limit := false, time.Second
+		if g >= 2 { // now there is something to compact
+			limit = 30 * time.Second
+		}
+		harness.Eventually(limit, func() bool {
+			seen = compacting(t, s)
+			return seen || bytes.Count(log.bytes(), []byte("image compacted")) > done
+		})
+		if seen {
 			s.Kill()
 			killed++
 			t.Logf("generation %d: killed while the image was copied", g)

@@ -35,7 +35,7 @@ func restart(t *testing.T, s *harness.Server, id string) {
 	if err := s.Restart(timeout(t, 2*time.Minute)); err != nil {
 		t.Fatalf("restart: %v", err)
 	}
-	if _, err := s.Exec(timeout(t, 30*time.Second), id, client.ExecRequest{Cmd: "true"}); err != nil {
+	if _, err := s.Exec(timeout(t, time.Minute), id, client.ExecRequest{Cmd: "true"}); err != nil {
 		t.Errorf("the first exec in %s after the server serves again: %v", id, err)
 	}
 }
@@ -126,7 +126,7 @@ func TestCrashesLoseNoSandbox(t *testing.T) {
 	})
 	t.Run("the database lost", func(t *testing.T) {
 		loseDatabase(t, s)
-		if !harness.Eventually(10*time.Second, func() bool {
+		if !harness.Eventually(time.Minute, func() bool {
 			page, err := s.ListSandboxes(t.Context(), client.ListSandboxesOptions{})
 			return err == nil && len(page.Sandboxes) >= 3
 		}) {
@@ -181,7 +181,7 @@ func killPagerAtWork(t *testing.T, s *harness.Server) {
 			t.Fatal("no pager runs")
 		}
 		p.Kill()
-		if !harness.Eventually(20*time.Second, func() bool { n := s.Pager(); return n != nil && n.PID != p.PID }) {
+		if !harness.Eventually(time.Minute, func() bool { n := s.Pager(); return n != nil && n.PID != p.PID }) {
 			t.Fatal("no new pager comes up")
 		}
 		time.Sleep(700 * time.Millisecond) // the work goes on: the promise is about any moment
@@ -283,7 +283,7 @@ func killVM(t *testing.T, s *harness.Server) {
 	victim := spawn(t, s)
 	s.VM(victim.ID).Kill()
 	var sb *client.Sandbox
-	if !harness.Eventually(30*time.Second, func() bool {
+	if !harness.Eventually(time.Minute, func() bool {
 		sb, _ = s.GetSandbox(t.Context(), victim.ID)
 		return sb != nil && sb.Status == client.StatusError
 	}) {
@@ -295,7 +295,7 @@ func killVM(t *testing.T, s *harness.Server) {
 	if _, err := s.Exec(t.Context(), victim.ID, client.ExecRequest{Cmd: "true"}); !client.IsInvalidState(err) {
 		t.Errorf("exec: %v, want invalid_state", err)
 	}
-	if err := s.DeleteSandbox(timeout(t, 30*time.Second), victim.ID); err != nil {
+	if err := s.DeleteSandbox(timeout(t, time.Minute), victim.ID); err != nil {
 		t.Errorf("delete: %v", err)
 	}
 }
@@ -365,7 +365,7 @@ func (h herd) settled(t *testing.T, when, a string) {
 	t.Helper()
 	ctx := timeout(t, 2*time.Minute)
 	var all []client.Sandbox
-	if !harness.Eventually(15*time.Second, func() bool {
+	if !harness.Eventually(time.Minute, func() bool {
 		page, err := h.s.ListSandboxes(ctx, client.ListSandboxesOptions{})
 		if err != nil {
 			return false
@@ -451,7 +451,7 @@ func names(t *testing.T, dir string) []string {
 
 func TestASecondServerOnTheSameStateIsRefused(t *testing.T) {
 	s := server(t)
-	cmd := exec.CommandContext(timeout(t, 20*time.Second), filepath.Join(harness.Bin(), "wrenn"), "up", "--dir", s.Dir, "--listen", "127.0.0.1:0")
+	cmd := exec.CommandContext(timeout(t, time.Minute), filepath.Join(harness.Bin(), "wrenn"), "up", "--dir", s.Dir, "--listen", "127.0.0.1:0")
 	out, err := cmd.CombinedOutput()
 	if err == nil || !strings.Contains(string(out), s.Dir) {
 		t.Errorf("a second server: %v: %s", err, out)
@@ -479,7 +479,7 @@ func TestOnExitPausesOrDestroysAsTold(t *testing.T) {
 	if err := s.Restart(timeout(t, time.Minute)); err != nil {
 		t.Fatal(err)
 	}
-	if !harness.Eventually(5*time.Second, func() bool {
+	if !harness.Eventually(time.Minute, func() bool {
 		now, err := s.GetSandbox(t.Context(), sb.ID)
 		return err == nil && now.Status == client.StatusPaused
 	}) {

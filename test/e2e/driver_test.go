@@ -140,7 +140,7 @@ func TestEveryDriverDoesTheWholeLifeCycle(t *testing.T) {
 
 	old := s.Pager()
 	old.Kill()
-	if !harness.Eventually(30*time.Second, func() bool { n := s.Pager(); return n != nil && n.PID != old.PID }) {
+	if !harness.Eventually(time.Minute, func() bool { n := s.Pager(); return n != nil && n.PID != old.PID }) {
 		t.Fatal("no new pager comes up")
 	}
 	sameProcesses(t, s, workers, alive, "kill -9 of the pager")

@@ -42,7 +42,7 @@ func TestReadinessFollowsDiskAndPager(t *testing.T) {
 		t.Helper()
 		var have int
 		var names []string
-		if !harness.Eventually(15*time.Second, func() bool {
+		if !harness.Eventually(time.Minute, func() bool {
 			have, names = readiness(t, s)
 			return have == status && strings.Join(names, " ") == failed
 		}) {

@@ -75,7 +75,7 @@ type listedOp struct {
 
 func listedSteps(t *testing.T) []listedOp {
 	t.Helper()
-	out, err := exec.CommandContext(timeout(t, 20*time.Second), filepath.Join(harness.Bin(), "wrenn"), "steps").Output()
+	out, err := exec.CommandContext(timeout(t, time.Minute), filepath.Join(harness.Bin(), "wrenn"), "steps").Output()
 	if err != nil {
 		t.Fatalf("wrenn steps: %v", err)
 	}
@@ -175,7 +175,7 @@ func (k *stepKiller) removeFailed(op string) {
 	}
 	ctx := timeout(k.t, time.Minute)
 	found := false
-	if !harness.Eventually(15*time.Second, func() bool {
+	if !harness.Eventually(time.Minute, func() bool {
 		page, err := k.s.ListSandboxes(ctx, client.ListSandboxesOptions{Status: []string{client.StatusError}})
 		if err != nil {
 			return false

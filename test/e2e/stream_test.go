@@ -27,7 +27,7 @@ type wsMessage struct {
 // dial opens a WebSocket without our SDK.
 func dial(t *testing.T, s *harness.Server, path string) (*websocket.Conn, *http.Response, error) {
 	t.Helper()
-	c, resp, err := websocket.Dial(timeout(t, 10*time.Second), s.URL+path, &websocket.DialOptions{
+	c, resp, err := websocket.Dial(timeout(t, time.Minute), s.URL+path, &websocket.DialOptions{
 		HTTPHeader: http.Header{"X-Api-Key": {apiKey(t, s)}},
 	})
 	if c != nil {
@@ -48,14 +48,14 @@ func mustDial(t *testing.T, s *harness.Server, path string) *websocket.Conn {
 
 func wsSend(t *testing.T, c *websocket.Conn, message string) {
 	t.Helper()
-	if err := c.Write(timeout(t, 10*time.Second), websocket.MessageText, []byte(message)); err != nil {
+	if err := c.Write(timeout(t, time.Minute), websocket.MessageText, []byte(message)); err != nil {
 		t.Fatalf("send %s: %v", message, err)
 	}
 }
 
 func wsRecv(t *testing.T, c *websocket.Conn) (m wsMessage) {
 	t.Helper()
-	_, b, err := c.Read(timeout(t, 30*time.Second))
+	_, b, err := c.Read(timeout(t, time.Minute))
 	if err != nil {
 		t.Fatalf("receive: %v", err)
 	}
@@ -125,7 +125,7 @@ func TestStreamSpeaksItsProtocol(t *testing.T) {
 	if out != "got hallo\n" || errs != "bad\n" {
 		t.Errorf("stdout %q, stderr %q", out, errs)
 	}
-	if _, _, err := c.Read(timeout(t, 10*time.Second)); websocket.CloseStatus(err) != websocket.StatusNormalClosure {
+	if _, _, err := c.Read(timeout(t, time.Minute)); websocket.CloseStatus(err) != websocket.StatusNormalClosure {
 		t.Errorf("after the exit: %v, want a normal closure", err)
 	}
 
@@ -172,7 +172,7 @@ func TestStreamAnswersAWrongFirstMessage(t *testing.T) {
 		if m := wsRecv(t, c); m.Type != "error" || m.Data == nil || *m.Data == "" {
 			t.Errorf("%s: %+v, want an error with a text", first, m)
 		}
-		if _, _, err := c.Read(timeout(t, 10*time.Second)); websocket.CloseStatus(err) == -1 {
+		if _, _, err := c.Read(timeout(t, time.Minute)); websocket.CloseStatus(err) == -1 {
 			t.Errorf("%s: after the error: %v, want a closure", first, err)
 		}
 	}
@@ -204,16 +204,16 @@ func TestAClientThatVanishesStopsNothingAndMovesLastActive(t *testing.T) {
 	s := server(t)
 	sb := spawn(t, s)
 	c := mustDial(t, s, "/v1/sandboxes/"+sb.ID+"/exec/stream")
-	wsSend(t, c, `{"type":"start","cmd":"sh","args":["-c","echo ready; sleep 2; echo done > /tmp/done"]}`)
+	wsSend(t, c, `{"type":"start","cmd":"sh","args":["-c","echo ready; sleep 4; echo done > /tmp/done"]}`)
 	wsRecv(t, c)
 	wsOutput(t, c, "stdout", "ready\n")
 	gone := time.Now()
 	c.CloseNow()
 	ctx := timeout(t, time.Minute)
-	// While the command runs the time moves along, at its end it stands. Two
-	// seconds of command must show in it.
+	// While the command runs the time moves along, at its end it stands. A
+	// second of the command at least must show in it.
 	var last time.Time
-	if !harness.Eventually(20*time.Second, func() bool {
+	if !harness.Eventually(time.Minute, func() bool {
 		now, err := s.GetSandbox(ctx, sb.ID)
 		if err != nil {
 			t.Fatal(err)

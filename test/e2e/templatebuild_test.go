@@ -41,7 +41,7 @@ func buildStatus(t *testing.T, s *harness.Server, name, id string) (status, all 
 func noneLeft(t *testing.T, s *harness.Server) {
 	t.Helper()
 	if !harness.Eventually(time.Minute, func() bool {
-		page, err := s.ListSandboxes(timeout(t, 10*time.Second), client.ListSandboxesOptions{})
+		page, err := s.ListSandboxes(timeout(t, time.Minute), client.ListSandboxesOptions{})
 		return err == nil && len(page.Sandboxes) == 0
 	}) {
 		t.Error("a sandbox of the build is left")

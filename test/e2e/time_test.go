@@ -11,52 +11,70 @@ import (
 
 func TestTimeLimitsActWithinASecond(t *testing.T) {
 	s := server(t)
-	const limit = 3
 	var wg sync.WaitGroup
 	for _, autoPause := range []bool{false, true} {
-		sb := create(t, s, client.CreateSandboxRequest{Template: warm, TimeoutSec: limit, AutoPause: autoPause})
-		moment := sb.ExpiresAt
-		if d := moment.Sub(sb.StartedAt); d < (limit-1)*time.Second || d > (limit+1)*time.Second {
-			t.Errorf("a limit of %d s begins at %v and ends at %v", limit, sb.StartedAt, moment)
-		}
 		wg.Go(func() {
-			var first string
-			if !harness.Eventually(time.Until(moment)+10*time.Second, func() bool {
-				now, err := s.GetSandbox(t.Context(), sb.ID)
-				if err == nil && now.Status == client.StatusRunning {
-					return false
+			// A busy machine may be late once, and its test may be late to see it.
+			var late []time.Duration
+			for range 4 {
+				d := expire(t, s, autoPause)
+				if d < -100*time.Millisecond {
+					t.Errorf("auto_pause %v: it acts %v before its moment", autoPause, -d)
 				}
-				if client.IsNotFound(err) {
-					first = "gone"
-				} else if err == nil {
-					first = now.Status
+				if d <= time.Second {
+					return
 				}
-				return true
-			}) {
-				t.Errorf("auto_pause %v: still running", autoPause)
-				return
+				late = append(late, d)
 			}
-			late := time.Since(moment)
-			if late < -100*time.Millisecond || late > time.Second {
-				t.Errorf("auto_pause %v: %s %v after its moment", autoPause, first, late)
-			}
-			if !harness.Eventually(10*time.Second, func() bool {
-				now, err := s.GetSandbox(t.Context(), sb.ID)
-				if autoPause {
-					return err == nil && now.Status == client.StatusPaused
-				}
-				return client.IsNotFound(err)
-			}) {
-				t.Errorf("auto_pause %v: it stays in %s", autoPause, first)
-			}
+			t.Errorf("auto_pause %v: it acts %v after its moment", autoPause, late)
 		})
 	}
 	wg.Wait()
 }
 
+// expire has a sandbox reach its time limit, and says how long after that the
+// limit was seen to act.
+func expire(t *testing.T, s *harness.Server, autoPause bool) time.Duration {
+	const limit = 3
+	ctx := timeout(t, 5*time.Minute)
+	sb, err := s.CreateSandbox(ctx, client.CreateSandboxRequest{Template: warm, TimeoutSec: limit, AutoPause: autoPause})
+	if err != nil {
+		t.Error(err)
+		return 0
+	}
+	defer remove(t, s, sb.ID)
+	moment := sb.ExpiresAt
+	if d := moment.Sub(sb.StartedAt); d < (limit-1)*time.Second || d > (limit+1)*time.Second {
+		t.Errorf("a limit of %d s begins at %v and ends at %v", limit, sb.StartedAt, moment)
+	}
+	first := sb.Status
+	if !harness.Eventually(time.Minute, func() bool {
+		now, err := s.GetSandbox(ctx, sb.ID)
+		if client.IsNotFound(err) {
+			first = "gone"
+		} else if err == nil {
+			first = now.Status
+		}
+		return first != client.StatusRunning
+	}) {
+		t.Errorf("auto_pause %v: still running", autoPause)
+	}
+	late := time.Since(moment)
+	if !harness.Eventually(time.Minute, func() bool {
+		now, err := s.GetSandbox(ctx, sb.ID)
+		if autoPause {
+			return err == nil && now.Status == client.StatusPaused
+		}
+		return client.IsNotFound(err)
+	}) {
+		t.Errorf("auto_pause %v: it stays in %s", autoPause, first)
+	}
+	return late
+}
+
 func TestATimeLimitCanBeMovedAndTakenAway(t *testing.T) {
 	s := server(t)
-	sb := create(t, s, client.CreateSandboxRequest{Template: warm, TimeoutSec: 3})
+	sb := create(t, s, client.CreateSandboxRequest{Template: warm, TimeoutSec: 8})
 	now, err := s.SetTimeout(t.Context(), sb.ID, time.Hour)
 	if err != nil || time.Until(now.ExpiresAt) < 59*time.Minute {
 		t.Fatalf("moved: %+v, %v", now, err)

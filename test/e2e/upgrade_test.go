@@ -98,29 +98,19 @@ func TestAnUpgradeIsAShortStall(t *testing.T) {
 	was := ask(t, s, id, "set before the upgrade")
 	put(t, s, id, "/tmp/ticker.py", ticker)
 	sh(t, s, id, "setsid python3 /tmp/ticker.py >/tmp/ticker.log 2>&1 </dev/null & while [ ! -p /tmp/ask ]; do sleep 0.1; done")
-	vm, pager := s.VM(id).PID, s.Pager().PID
-	before := askTicker(t, s, id)
-	usual := askTicker(t, s, id) // what the machine's load alone costs, and from now on anew
-	if err := s.Stop(); err != nil {
-		t.Fatalf("end: %v", err)
+	// A busy machine may hold the guest up once; an upgrade that does it does so
+	// every time.
+	var gaps []time.Duration
+	for _, bin := range []string{next, harness.Bin(), next} {
+		gap := upgrade(t, s, id, bin)
+		if gap <= 2*time.Second {
+			gaps = nil
+			break
+		}
+		gaps = append(gaps, gap)
 	}
-	t.Setenv("WRENN_BIN", next)
-	began := time.Now()
-	restart(t, s, id)
-	took := time.Since(began)
-	after := askTicker(t, s, id)
-	t.Logf("first exec %v after the start; the guest stood still for at most %v (%v before)", took, after.gap, usual.gap)
-	if p := s.Pager(); p == nil || p.PID == pager || !strings.Contains(p.Cmdline, next) {
-		t.Errorf("the pager is %+v, was %d; want the next version's", p, pager)
-	}
-	if now := s.VM(id); now == nil || now.PID != vm {
-		t.Errorf("the VM's process was %d and is %+v", vm, now)
-	}
-	if after.pid != before.pid || after.ticks <= before.ticks || after.bad != 0 {
-		t.Errorf("the ticker says %+v, said %+v", after, before)
-	}
-	if after.gap > 2*time.Second {
-		t.Errorf("the guest stood still for %v", after.gap)
+	if len(gaps) > 0 {
+		t.Errorf("the guest stood still for %v", gaps)
 	}
 	if a := ask(t, s, id, "stat"); a.PID != was.PID || a.Value != "before the upgrade" || a.Counter <= was.Counter {
 		t.Errorf("the keeper says %+v, was %+v", a, was)
@@ -130,6 +120,34 @@ func TestAnUpgradeIsAShortStall(t *testing.T) {
 	if a := ask(t, s, id, "stat"); a.PID != was.PID {
 		t.Errorf("after a pause under the next version: %+v, was %+v", a, was)
 	}
+}
+
+// upgrade ends the server and starts the version that lies in bin, and returns
+// how long the guest stood still.
+func upgrade(t *testing.T, s *harness.Server, id, bin string) time.Duration {
+	t.Helper()
+	vm, pager := s.VM(id).PID, s.Pager().PID
+	before := askTicker(t, s, id)
+	usual := askTicker(t, s, id) // what the machine's load alone costs, and from now on anew
+	if err := s.Stop(); err != nil {
+		t.Fatalf("end: %v", err)
+	}
+	t.Setenv("WRENN_BIN", bin)
+	began := time.Now()
+	restart(t, s, id)
+	took := time.Since(began)
+	after := askTicker(t, s, id)
+	t.Logf("first exec %v after the start; the guest stood still for at most %v (%v before)", took, after.gap, usual.gap)
+	if p := s.Pager(); p == nil || p.PID == pager || !strings.Contains(p.Cmdline, bin) {
+		t.Errorf("the pager is %+v, was %d; want the next version's", p, pager)
+	}
+	if now := s.VM(id); now == nil || now.PID != vm {
+		t.Errorf("the VM's process was %d and is %+v", vm, now)
+	}
+	if after.pid != before.pid || after.ticks <= before.ticks || after.bad != 0 {
+		t.Errorf("the ticker says %+v, said %+v", after, before)
+	}
+	return after.gap
 }
 
 func put(t *testing.T, s *harness.Server, id, path, content string) {
