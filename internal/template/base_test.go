@@ -186,6 +186,9 @@ func TestBaseBootsAndHoldsWhatItPromises(t *testing.T) {
 	for _, c := range []struct{ script, want string }{
 		{"id -un; id -u; pwd; umask", "user\n1000\n/home/user\n0022"},
 		{"hostname; sudo -n id -u", "base-test\n0"},
+		// A login shell starts nothing by itself, and has the paths of its user.
+		{"bash -lxc : 2>&1 | grep -c 'id -u' || true; bash -lc 'echo $PATH'; sh -lc 'echo $PATH' | cut -c1-14; sudo bash -lc 'echo $PATH' | cut -c1-15",
+			"0\n/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games\n/usr/local/bin\n/usr/local/sbin"},
 		{"python --version | cut -d. -f1; python3 -m pip --version | cut -d' ' -f1; python3 -c 'import ssl, sqlite3, venv; print(1)'", "Python 3\npip\n1"},
 		{"git daemon --inetd --version >/dev/null 2>&1 || test -x $(git --exec-path)/git-daemon; echo ok", "ok"},
 		{"TERM=xterm-256color tput colors; realpath /bin; curl --version | cut -d' ' -f1 | head -1", "256\n/usr/bin\ncurl"},
