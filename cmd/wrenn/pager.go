@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -59,6 +60,7 @@ func newPagerCmd() *cobra.Command {
 			s, err := pager.New(pager.Options{
 				Dir: filepath.Join(dir, "run", "pager"), Store: store, SocketGID: gid, Version: version(), Logger: log,
 				OrderDir: filepath.Join(dir, "cache", "orders"), LowWater: pagerLowWater, Reserve: pagerReserve,
+				WholeDir: filepath.Join(dir, "run", "memory"),
 			})
 			if err != nil {
 				return err
@@ -66,7 +68,7 @@ func newPagerCmd() *cobra.Command {
 			err = s.Serve(ctx, pagerSocket(dir))
 			// No Close: the userfaultfds end with the process, and a VM that
 			// still lives is taken up by the next pager.
-			return err
+			return errors.Join(err, s.LetGo())
 		},
 	}
 	cmd.Flags().StringVar(&dir, "dir", stateDir(), "state directory")

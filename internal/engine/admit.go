@@ -4,19 +4,30 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
 
 // admit refuses a sandbox that is to be started where the host has no room for
 // it, naming what is short and what helps. One that is admitted counts from
-// now on, until admitted is called. e.mu is held.
-func (e *Engine) admit(sb *sandbox) error {
+// now on, until admitted is called. image is the memory that it would share with
+// its clones by having it whole in RAM, or zero: it may, where there is room for
+// that too. e.mu is held.
+func (e *Engine) admit(sb *sandbox, image format.ID) error {
 	want := sb.info()
 	memory, vcpus := 0, 0
+	wholes := map[format.ID]int{} // MiB
 	for _, other := range e.sandboxes {
 		if i := other.info(); other != sb && (e.starting[other] || other.holds()) {
 			memory += i.MemoryMB
 			vcpus += i.VCPUs
+			if !other.whole.IsZero() {
+				wholes[other.whole] = i.MemoryMB
+			}
 		}
+	}
+	for _, mb := range wholes {
+		memory += mb
 	}
 	if limit := e.opts.MemoryLimitMB; limit > 0 && memory+want.MemoryMB > limit {
 		return fmt.Errorf("%w in the host's memory: the sandbox wants %d MiB, and %d of %d MiB are taken; pause or remove some sandboxes, or raise --memory-limit",
@@ -30,7 +41,25 @@ func (e *Engine) admit(sb *sandbox) error {
 		return err
 	}
 	e.starting[sb] = true
+	sb.whole = format.ID{}
+	if _, there := wholes[image]; there || e.opts.MemoryLimitMB <= 0 || memory+2*want.MemoryMB <= e.opts.MemoryLimitMB {
+		sb.whole = image
+	}
 	return nil
+}
+
+// mayHaveWhole tells whether a sandbox was admitted with its image whole in RAM.
+func (e *Engine) mayHaveWhole(sb *sandbox) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return !sb.whole.IsZero()
+}
+
+// hasNoWhole ends what admit allowed and the pager did not.
+func (e *Engine) hasNoWhole(sb *sandbox) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	sb.whole = format.ID{}
 }
 
 // admitted ends what admit began: the state tells from now on.

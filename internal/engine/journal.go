@@ -68,6 +68,9 @@ type runRecord struct {
 	// ChangesLost: a capture began a new list of changed pages in the VMM and
 	// was not committed; the next one needs all of the memory.
 	ChangesLost bool `json:"changes_lost,omitempty"`
+	// WholeImage: the VM may map a file with the whole of MemoryImage, which
+	// takes RAM beside its own.
+	WholeImage bool `json:"whole_image,omitempty"`
 	// KernelDigest is of the kernel that the guest booted with, however many
 	// lives ago; EnvdVersion is what its agent said it is.
 	KernelDigest string `json:"kernel_digest,omitempty"`

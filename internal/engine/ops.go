@@ -136,7 +136,7 @@ func (e *Engine) addSandbox(spec CreateSpec, src source) (*sandbox, error) {
 	if e.sandboxes[spec.ID] != nil {
 		return nil, fmt.Errorf("sandbox %q %w", spec.ID, ErrExists)
 	}
-	if err := e.admit(sb); err != nil {
+	if err := e.admit(sb, e.sharedBy(src)); err != nil {
 		return nil, err
 	}
 	e.sandboxes[spec.ID] = sb
@@ -274,7 +274,7 @@ func (e *Engine) Resume(ctx context.Context, id string, reboot bool) (Info, Stat
 		return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: clear what its last run left: %w", id, err)
 	}
 	e.mu.Lock()
-	err = e.admit(sb)
+	err = e.admit(sb, format.ID{}) // nobody else starts from a pause
 	e.mu.Unlock()
 	if err != nil {
 		return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: %w", id, err)

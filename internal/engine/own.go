@@ -34,24 +34,40 @@ const pagesSocket = "pages.sock"
 
 func (e *Engine) ownMemory() bool { return e.opts.Driver.Capabilities().OwnMemory }
 
-// prepareOwn has the pager wait for the hand-over; a VM that boots needs none.
-func (e *Engine) prepareOwn(ctx context.Context, sb *sandbox, image format.ID) error {
+// prepareOwn has the pager wait for the hand-over, or give the image whole; a VM
+// that boots needs neither.
+func (st *starting) prepareOwn(ctx context.Context) error {
+	image := st.rec.MemoryImage
 	if image.IsZero() {
 		return nil
 	}
-	_, err := e.opts.Pager.PrepareMemory(ctx, connect.NewRequest(&pagerv1.PrepareMemoryRequest{
-		SandboxId: sb.id(), ImageId: image.String(),
-		Mode: pagerv1.MemoryMode_MEMORY_MODE_COPY, SocketPath: sb.path(pagesSocket),
+	r, err := st.e.opts.Pager.PrepareMemory(ctx, connect.NewRequest(&pagerv1.PrepareMemoryRequest{
+		SandboxId: st.sb.id(), ImageId: image.String(), KeepWarm: st.src.keepWarm, Whole: st.rec.WholeImage,
+		Mode: pagerv1.MemoryMode_MEMORY_MODE_COPY, SocketPath: st.sb.path(pagesSocket),
 	}))
 	if err != nil {
 		return fmt.Errorf("prepare the memory: %w", err)
 	}
+	if st.wholePath = r.Msg.WholePath; st.wholePath == "" {
+		st.rec.WholeImage = false
+		st.e.hasNoWhole(st.sb)
+	}
 	return nil
 }
 
+// sharedBy is the memory image that clones of a named snapshot share by having
+// it whole in RAM, where the VMM keeps its memory to itself.
+func (e *Engine) sharedBy(src source) format.ID {
+	if src.manifest == nil || !e.ownMemory() {
+		return format.ID{}
+	}
+	return src.manifest.Memory.ID
+}
+
 // hostArgsOwn names what the VMM opens itself.
-func (e *Engine) hostArgsOwn(ctx context.Context, sb *sandbox, slot Slot, rec *runRecord) (vmm.HostArgs, error) {
-	device, err := e.opts.Disks.Attach(ctx, sb.id(), sb.path(diskSocket))
+func (st *starting) hostArgsOwn(ctx context.Context) (vmm.HostArgs, error) {
+	sb, slot := st.sb, st.slot
+	device, err := st.e.opts.Disks.Attach(ctx, sb.id(), sb.path(diskSocket))
 	if err != nil {
 		return vmm.HostArgs{}, err
 	}
@@ -61,7 +77,10 @@ func (e *Engine) hostArgsOwn(ctx context.Context, sb *sandbox, slot Slot, rec *r
 	}
 	h := vmm.HostArgs{ID: sb.id(), Dir: sb.dir, DiskDevice: device, ConsolePath: sb.path(consoleName), Number: slot.Index()}
 	h.TapName, h.NetNS = named.Tap()
-	if !rec.MemoryImage.IsZero() {
+	switch {
+	case st.wholePath != "":
+		h.MemoryFile = st.wholePath
+	case !st.rec.MemoryImage.IsZero():
 		h.MemorySocket = sb.path(pagesSocket)
 	}
 	return h, nil

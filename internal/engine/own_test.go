@@ -145,7 +145,8 @@ func newRigOn(t *testing.T, p *fctest.Program, o firecracker.Options, base BaseF
 	}
 	t.Cleanup(func() { store.Close() })
 	quiet := slog.New(slog.DiscardHandler)
-	server, err := pager.New(pager.Options{Dir: filepath.Join(dir, "pager"), Store: store, Logger: quiet})
+	server, err := pager.New(pager.Options{Dir: filepath.Join(dir, "pager"), Store: store, Logger: quiet,
+		OrderDir: filepath.Join(dir, "orders"), WholeDir: filepath.Join(dir, "memory")})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -93,6 +93,9 @@ func (e *Engine) load(ctx context.Context, dir string, newest map[string]snapsho
 		return nil
 	}
 	sb := &sandbox{dir: dir, op: make(chan struct{}, 1), j: j}
+	if j.Run != nil && j.Run.WholeImage {
+		sb.whole = j.Run.MemoryImage
+	}
 	if j.Run != nil && vmElsewhere(dir, j.Run.VM) {
 		e.log.WarnContext(ctx, "a sandbox ran when this copy of its directory was made; its VM is the original's", "sandbox", j.ID)
 		sb.copied, sb.j.Run.VM = true, nil

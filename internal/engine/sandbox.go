@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
 
 // sandbox is one sandbox of this host.
@@ -23,6 +24,9 @@ type sandbox struct {
 	copied bool
 	// stray: its journal is lost and its VM runs, which cannot be taken over.
 	stray bool
+	// whole is the memory image that its VM maps whole, which takes RAM beside
+	// its own. It counts while there is a VM. Guarded by Engine.mu.
+	whole format.ID
 
 	mu sync.Mutex
 	j  journal

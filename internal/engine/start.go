@@ -58,12 +58,14 @@ type starting struct {
 	src source
 	ph  *phases
 
-	c       closer // what was acquired
-	slot    Slot
-	rec     runRecord
-	memory  *os.File // the guest's RAM, until the VMM has it
-	machine vmm.Machine
-	guest   *Guest
+	c      closer // what was acquired
+	slot   Slot
+	rec    runRecord
+	memory *os.File // the guest's RAM, until the VMM has it
+	// wholePath is the file that the VMM maps its memory from, or empty.
+	wholePath string
+	machine   vmm.Machine
+	guest     *Guest
 	// entered: the directory is ours. left: what a start that failed could
 	// not release.
 	entered bool
@@ -159,6 +161,7 @@ func (st *starting) recordRun(context.Context) error {
 		st.rec.KernelDigest = m.VMM.KernelDigest
 		st.rec.MemoryImage = m.Memory.ID
 		st.rec.LastMemory, st.rec.LastDisk = st.rec.MemoryImage, st.rec.DiskImage
+		st.rec.WholeImage = st.e.mayHaveWhole(st.sb)
 	}
 	return st.sb.update(func(j *journal) { j.Run = &st.rec })
 }
@@ -167,7 +170,7 @@ func (st *starting) recordRun(context.Context) error {
 func (st *starting) startMachine(ctx context.Context) error {
 	e, sb := st.e, st.sb
 	if e.ownMemory() {
-		host, err := e.hostArgsOwn(ctx, sb, st.slot, &st.rec)
+		host, err := st.hostArgsOwn(ctx)
 		if err != nil {
 			return err
 		}
@@ -213,8 +216,12 @@ func (st *starting) launch(ctx context.Context, host vmm.HostArgs) error {
 		if err != nil {
 			return fmt.Errorf("check the device state: %w", err)
 		}
+		attach := st.attach
+		if st.wholePath != "" {
+			attach = nil // nobody serves it
+		}
 		m, err = e.opts.Driver.Restore(ctx, vmm.RestoreArgs{
-			HostArgs: host, State: vmm.State{Spec: spec, Info: infoOf(src.manifest.VMM), File: state}, Attach: st.attach,
+			HostArgs: host, State: vmm.State{Spec: spec, Info: infoOf(src.manifest.VMM), File: state}, Attach: attach,
 		})
 		if err != nil {
 			return fmt.Errorf("restore: %w", err)
@@ -298,7 +305,7 @@ func (st *starting) prepare(ctx context.Context) error {
 	})
 	g.Go(func() (err error) {
 		if e.ownMemory() {
-			return e.prepareOwn(gctx, sb, rec.MemoryImage)
+			return st.prepareOwn(gctx)
 		}
 		st.memory, err = e.prepareMemory(gctx, sb, rec.MemoryImage, st.src.keepWarm)
 		return err

@@ -20,12 +20,13 @@ type memory struct {
 	keep     bool
 	handover *handover // copy mode; nil in shared mode
 	attached *uffd.Attachment
+	whole    string      // the file that the VM maps, in place of both
 	window   *time.Timer // ends when its start is over; nil if nobody asks
 	learned  bool        // what its start needed is stored, or will not be
 }
 
 func (m *memory) record() *memoryRecord {
-	r := &memoryRecord{ImageID: m.image.id, KeepWarm: m.keep}
+	r := &memoryRecord{ImageID: m.image.id, KeepWarm: m.keep, Whole: m.whole != ""}
 	if m.attached != nil {
 		a := m.attached.Record()
 		r.Attachment = &a
@@ -37,7 +38,7 @@ func (m *memory) record() *memoryRecord {
 }
 
 // PrepareMemory implements pager.v1.
-func (s *Server) PrepareMemory(_ context.Context, req *connect.Request[pagerv1.PrepareMemoryRequest]) (*connect.Response[pagerv1.PrepareMemoryResponse], error) {
+func (s *Server) PrepareMemory(ctx context.Context, req *connect.Request[pagerv1.PrepareMemoryRequest]) (*connect.Response[pagerv1.PrepareMemoryResponse], error) {
 	id, err := parseImageID(req.Msg.ImageId)
 	if err != nil {
 		return nil, err
@@ -51,11 +52,11 @@ func (s *Server) PrepareMemory(_ context.Context, req *connect.Request[pagerv1.P
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if m := g.memory; m != nil && (m.image.id != id || m.socket() != req.Msg.SocketPath) {
+	if m := g.memory; m != nil && (m.image.id != id || m.whole == "" && m.socket() != req.Msg.SocketPath) {
 		return nil, connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("sandbox %s has memory image %s, hand-over socket %q; release it first", req.Msg.SandboxId, m.image.id, m.socket()))
 	}
 	if g.memory == nil {
-		m, err := s.openMemory(id, req.Msg)
+		m, err := s.openMemory(ctx, id, req.Msg)
 		if err != nil {
 			return nil, errors.Join(wireError(err), s.settle(req.Msg.SandboxId, g))
 		}
@@ -67,21 +68,24 @@ func (s *Server) PrepareMemory(_ context.Context, req *connect.Request[pagerv1.P
 	if err := s.settle(req.Msg.SandboxId, g); err != nil {
 		return nil, wireError(err)
 	}
-	out := &pagerv1.PrepareMemoryResponse{Size: g.memory.image.source.Size()}
-	if g.memory.handover == nil {
+	out := &pagerv1.PrepareMemoryResponse{Size: g.memory.image.source.Size(), WholePath: g.memory.whole}
+	if g.memory.handover == nil && g.memory.whole == "" {
 		out.Pid, out.Fd = int32(os.Getpid()), int32(g.memory.image.shared.File().Fd())
 	}
 	return connect.NewResponse(out), nil
 }
 
-func (s *Server) openMemory(id format.ID, req *pagerv1.PrepareMemoryRequest) (*memory, error) {
+func (s *Server) openMemory(ctx context.Context, id format.ID, req *pagerv1.PrepareMemoryRequest) (*memory, error) {
 	m := &memory{keep: req.KeepWarm}
 	copies := req.Mode == pagerv1.MemoryMode_MEMORY_MODE_COPY
 	var err error
 	if m.image, err = s.images.acquire(id, acquireOptions{keep: req.KeepWarm, share: !copies}); err != nil {
 		return nil, err
 	}
-	if copies {
+	if copies && req.Whole {
+		m.whole = s.images.wholeOf(ctx, m.image)
+	}
+	if copies && m.whole == "" {
 		if m.handover, err = newHandover(copyRecord{SocketPath: req.SocketPath}, s.opts.SocketGID); err != nil {
 			return nil, errors.Join(err, s.images.release(m.image))
 		}
@@ -103,6 +107,8 @@ func (s *Server) AttachMemory(ctx context.Context, req *connect.Request[pagerv1.
 		return nil, errors.Join(connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("memory of sandbox %s was not prepared", id)), s.settle(id, g))
 	case req.Msg.Pid <= 1:
 		return nil, connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("pid %d is no VM process", req.Msg.Pid))
+	case g.memory.whole != "":
+		return nil, connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("memory of sandbox %s is a whole image: nothing is attached to it", id))
 	case g.memory.attached != nil:
 		return nil, connect.NewError(connect.CodeAlreadyExists, fmt.Errorf("memory of sandbox %s is attached already", id))
 	case g.memory.handover != nil:

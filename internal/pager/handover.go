@@ -29,6 +29,9 @@ const maxSocketPath = 107
 // checkMode checks what PrepareMemory is asked for.
 func checkMode(req *pagerv1.PrepareMemoryRequest) error {
 	p := req.SocketPath
+	if req.Whole && req.Mode != pagerv1.MemoryMode_MEMORY_MODE_COPY {
+		return errors.New("whole: only a VMM of copy mode maps an image from a file")
+	}
 	switch req.Mode {
 	case pagerv1.MemoryMode_MEMORY_MODE_UNSPECIFIED, pagerv1.MemoryMode_MEMORY_MODE_SHARED:
 		if p != "" {

@@ -13,8 +13,9 @@ import (
 
 // images owns the memory images that are open in RAM.
 type images struct {
-	store *snapshot.Store
-	limit int64
+	store  *snapshot.Store
+	limit  int64
+	wholes wholes
 
 	mu   sync.Mutex
 	byID map[format.ID]*image
@@ -31,10 +32,26 @@ type image struct {
 	id     format.ID
 	source *snapshot.Image
 	shared *uffd.Shared // nil as long as only VMs in copy mode use it
+	whole  *whole       // nil as long as nobody asked for it
 	users  int
 	keep   bool
 	since  uint64 // when it was last taken into use, as a count of uses
 	ahead  *ahead // of the cold start; nil if shared is
+}
+
+// inRAM tells whether the image itself has pages in RAM.
+func (i *image) inRAM() bool {
+	return i.shared != nil || i.whole != nil && !i.whole.failed()
+}
+
+func (i *image) resident() (n int64) {
+	if i.shared != nil {
+		n = i.shared.Resident()
+	}
+	if i.whole != nil {
+		n += i.whole.resident()
+	}
+	return n
 }
 
 // sharedName is the memfd's name, by which a new pager finds it in the VMM.
@@ -104,18 +121,18 @@ func (im *images) release(i *image) error {
 	if i.users > 0 {
 		return nil
 	}
-	if !i.keep || i.shared == nil {
+	if !i.keep || !i.inRAM() {
 		return im.drop(i)
 	}
 	im.warm = append(im.warm, i)
 	var total int64
 	for _, w := range im.warm {
-		total += w.shared.Resident()
+		total += w.resident()
 	}
 	var errs []error
 	for total > im.limit && len(im.warm) > 0 {
 		oldest := im.warm[0]
-		total -= oldest.shared.Resident()
+		total -= oldest.resident()
 		im.warm = im.warm[1:]
 		errs = append(errs, im.drop(oldest))
 	}
@@ -149,13 +166,49 @@ func (im *images) unwarm(i *image) {
 
 func (im *images) drop(i *image) error {
 	delete(im.byID, i.id)
-	if i.shared == nil {
-		return i.source.Close()
+	var errs []error
+	if i.whole != nil {
+		i.whole.cancel()
+		<-i.whole.done
+		errs = append(errs, im.wholes.unlink(i.whole.path))
 	}
 	if i.ahead != nil {
 		i.ahead.stop()
 	}
-	return errors.Join(i.shared.Close(), i.source.Close())
+	if i.shared != nil {
+		errs = append(errs, i.shared.Close())
+	}
+	return errors.Join(append(errs, i.source.Close())...)
+}
+
+// dropWarm drops all images without a user.
+func (im *images) dropWarm() error {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	var errs []error
+	for _, i := range im.warm {
+		errs = append(errs, im.drop(i))
+	}
+	im.warm = nil
+	return errors.Join(errs...)
+}
+
+// residentOf is the RAM of one image, which has a user.
+func (im *images) residentOf(i *image) int64 {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	return i.resident()
+}
+
+// open are the names of the images that are open.
+func (im *images) open() map[string]bool {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	names := map[string]bool{}
+	for id := range im.byID {
+		names[id.String()] = true
+	}
+	return names
 }
 
 // resident is the RAM of all images.
@@ -163,20 +216,22 @@ func (im *images) resident() (n int64) {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	for _, i := range im.byID {
-		if i.shared != nil {
-			n += i.shared.Resident()
-		}
+		n += i.resident()
 	}
 	return n
 }
 
-// stopReading ends all reading ahead.
+// stopReading ends all reading ahead, and the making of whole images.
 func (im *images) stopReading() {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	for _, i := range im.byID {
 		if i.ahead != nil {
 			i.ahead.stop()
+		}
+		if i.whole != nil {
+			i.whole.cancel()
+			<-i.whole.done
 		}
 	}
 }

@@ -48,7 +48,7 @@ func (im *images) evict(n int64) (gone int64, err error) {
 	for gone < n && len(im.warm) > 0 {
 		i := im.warm[0]
 		im.warm = im.warm[1:]
-		gone += i.shared.Resident()
+		gone += i.resident()
 		errs = append(errs, im.drop(i))
 	}
 	var used []*image

@@ -28,6 +28,8 @@ type memoryRecord struct {
 	Attachment *uffd.AttachmentRecord `json:"attachment,omitempty"`
 	// Copy is there in copy mode only.
 	Copy *copyRecord `json:"copy,omitempty"`
+	// Whole: the VM maps a file that has the whole image.
+	Whole bool `json:"whole,omitempty"`
 }
 
 type copyRecord struct {

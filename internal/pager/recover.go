@@ -55,6 +55,12 @@ func (s *Server) recoverOne(r record, g *guest) (err error) {
 	switch {
 	case r.Memory == nil:
 		return nil
+	case r.Memory.Whole:
+		// What fails here costs later clones their sharing, not this VM.
+		if g.memory, err = s.keepWhole(r); err != nil {
+			s.log.Warn("a whole image is not looked after any more", "sandbox", r.SandboxID, "err", err)
+		}
+		return nil
 	case r.Memory.Copy != nil && r.Memory.Attachment == nil:
 		return s.expectAgain(r, g)
 	case r.Memory.Attachment == nil:

@@ -11,7 +11,9 @@
 //   - a userfaultfd is never closed while the VM lives (it would read zeros);
 //   - a record is on disk before the call that made it answers, so that what
 //     was promised survives kill -9;
-//   - an image in RAM has at least one user, or is on the bounded warm list.
+//   - an image in RAM has at least one user, or is on the bounded warm list;
+//   - a file that VMs map has every page of its image, and loses none while
+//     it has a user.
 //
 // internal/engine and cmd/wrenn may import it.
 package pager
@@ -56,6 +58,10 @@ type Options struct {
 	// OrderWindow is how long after its attachment a VM's needs belong to its
 	// start; 0 means 5 s.
 	OrderWindow time.Duration
+	// WholeDir is where images are kept whole in RAM, for VMMs that map one from
+	// a file; a memory file system is mounted there while there are any. Empty:
+	// none are.
+	WholeDir string
 	// LowWater is how much of the host's memory should stay available, bytes:
 	// below it Serve gives pages of images back. 0: never.
 	LowWater int64
@@ -134,13 +140,19 @@ func New(opts Options) (*Server, error) {
 		waits:  map[string]time.Time{},
 		orders: orders{opts.OrderDir},
 	}
-	s.images = &images{store: opts.Store, limit: opts.WarmBytes, byID: map[format.ID]*image{}, readAhead: s.readAhead}
+	s.images = &images{
+		store: opts.Store, limit: opts.WarmBytes, byID: map[format.ID]*image{}, readAhead: s.readAhead,
+		wholes: wholes{dir: opts.WholeDir, low: opts.LowWater, available: opts.MemAvailable, wait: wholeWait, log: opts.Logger},
+	}
 	faults, err := uffd.NewServer(uffd.Options{Logger: opts.Logger, OnFatal: s.onFatal})
 	if err != nil {
 		return nil, fmt.Errorf("start the page-fault server: %w", err)
 	}
 	s.faults = faults
 	s.recover()
+	if err := s.images.wholes.sweep(s.images.open()); err != nil {
+		s.log.Error("whole images of the last pager remain", "err", err)
+	}
 	return s, nil
 }
 
@@ -228,10 +240,8 @@ func (s *Server) GetStats(_ context.Context, req *connect.Request[pagerv1.GetSta
 	if g != nil {
 		g.mu.Lock()
 		if m := g.memory; m != nil {
-			out.Attached = m.attached != nil
-			if m.image.shared != nil {
-				out.SharedResidentBytes = m.image.shared.Resident()
-			}
+			out.Attached = m.attached != nil || m.whole != ""
+			out.SharedResidentBytes = s.images.residentOf(m.image)
 			if a := m.image.ahead; a != nil {
 				s.mu.Lock()
 				out.Prefetch = a.result
@@ -327,5 +337,9 @@ func (s *Server) Close() error {
 	}
 	s.faults.Close()
 	s.images.stopReading()
-	return errors.Join(errs...)
+	return errors.Join(append(errs, s.images.dropWarm())...)
 }
+
+// LetGo drops the images that nobody uses: what is kept whole outlives the
+// process, and would for nothing.
+func (s *Server) LetGo() error { return s.images.dropWarm() }

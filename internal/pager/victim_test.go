@@ -262,7 +262,7 @@ func (r *rig) newImage(mib int, seed uint64) (format.ID, []byte) {
 func (r *rig) start() {
 	r.t.Helper()
 	srv, err := New(Options{Dir: filepath.Join(r.dir, "run"), Store: r.store, Logger: slog.New(slog.DiscardHandler), Version: "test",
-		OrderDir: filepath.Join(r.dir, "orders"), OrderWindow: time.Hour, LowWater: 1 << 20,
+		OrderDir: filepath.Join(r.dir, "orders"), OrderWindow: time.Hour, LowWater: 1 << 20, WholeDir: filepath.Join(r.dir, "memory"),
 		MemAvailable: func() (int64, error) { return r.free, nil },
 	})
 	must(r.t, err)

@@ -44,7 +44,7 @@
 // Copy mode is for a VMM that has memory of its own and hands its userfaultfd
 // over on a unix socket, as Firecracker does: Peer.Accept makes an Attachment
 // of another kind, on the same Server and Source, whose pages are copied
-// straight into the VM. Clones then share no memory.
+// straight into the VM. What it copies is each VM's own.
 package uffd
 
 import (

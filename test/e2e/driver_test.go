@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -117,6 +118,7 @@ func TestEveryDriverDoesTheWholeLifeCycle(t *testing.T) {
 	}
 	w.checkSums(t, s, "generation 10")
 	w.check(t, s, "generation 10, from the disk itself")
+	fullDisk(t, s, w)
 
 	if _, err := s.CreateSnapshot(timeout(t, 3*time.Minute), w.id, "frozen"); err != nil {
 		t.Fatal(err)
@@ -132,6 +134,7 @@ func TestEveryDriverDoesTheWholeLifeCycle(t *testing.T) {
 		c.put(t, s, 20+i)
 	}
 	disksDiffer(t, s, workers)
+	clonesShare(t, s, workers[1:])
 
 	alive := processesOf(t, s, workers)
 	s.Kill()
@@ -144,6 +147,10 @@ func TestEveryDriverDoesTheWholeLifeCycle(t *testing.T) {
 		t.Fatal("no new pager comes up")
 	}
 	sameProcesses(t, s, workers, alive, "kill -9 of the pager")
+	clonesShare(t, s, workers[1:])
+	pause(t, s, workers[1].id)
+	resume(t, s, workers[1].id)
+	workers[1].check(t, s, "a clone's own pause and resume")
 
 	for _, c := range workers {
 		c.checkSums(t, s, "at the end")
@@ -163,6 +170,41 @@ func TestEveryDriverDoesTheWholeLifeCycle(t *testing.T) {
 	}
 	nothingNames(t, s.Dir)
 	noDevices(t, s.Dir)
+}
+
+// fullDisk: where the VMM itself writes the memory, its disk really is full, on a
+// machine that is ours alone. TestAFullDiskDuringAPauseLeavesTheSandboxRunning
+// is for VMMs whose memory we write.
+func fullDisk(t *testing.T, s *harness.Server, w *worker) {
+	t.Helper()
+	if os.Getenv("WRENN_TEST_OWN_MACHINE") != "1" {
+		return
+	}
+	put := func(n int64) {
+		t.Helper()
+		if err := s.PutFile(timeout(t, 2*time.Minute), w.id, "/dev/shm/large", randomReader(99, n), client.PutOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(24 << 20) // in memory
+	kept := names(t, filepath.Join(s.Dir, "store", "snapshots"))
+	empty := fill(t, s.Dir, 12<<20)
+	_, err := s.PauseSandbox(timeout(t, 3*time.Minute), w.id)
+	if err == nil || !strings.Contains(err.Error(), "disk is full") {
+		t.Errorf("a pause on a full disk: %v", err)
+	}
+	if now, err := s.GetSandbox(t.Context(), w.id); err != nil || now.Status != client.StatusRunning {
+		t.Fatalf("after a pause on a full disk: %+v, %v", now, err)
+	}
+	w.check(t, s, "after a pause on a full disk")
+	empty()
+	if now := names(t, filepath.Join(s.Dir, "store", "snapshots")); !slices.Equal(now, kept) {
+		t.Errorf("manifests are %v after a pause on a full disk, were %v", now, kept)
+	}
+	pause(t, s, w.id)
+	resume(t, s, w.id)
+	w.check(t, s, "after room was made")
+	put(0)
 }
 
 func processesOf(t *testing.T, s *harness.Server, workers []*worker) map[string]int {
@@ -211,6 +253,32 @@ func disksDiffer(t *testing.T, s *harness.Server, workers []*worker) {
 	}
 }
 
+// clonesShare: what clones have of their snapshot's memory and did not write to
+// is in RAM once. Each of them has read far more of its kernel than this.
+func clonesShare(t *testing.T, s *harness.Server, clones []*worker) {
+	t.Helper()
+	for id, pid := range processesOf(t, s, clones) {
+		shared := 0 // KiB
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var size int
+		for line := range strings.Lines(string(b)) {
+			var n int
+			name, rest, _ := strings.Cut(line, ":")
+			if fmt.Sscan(rest, &n); name == "Size" {
+				size = n
+			} else if strings.HasPrefix(name, "Shared_") && size >= 128<<10 { // guest memory
+				shared += n
+			}
+		}
+		if t.Logf("%s shares %d KiB", id, shared); shared < 1<<10 {
+			t.Errorf("%s shares %d KiB with the other clone", id, shared)
+		}
+	}
+}
+
 // noDevices looks for what only some drivers take of the host: block devices,
 // control groups, mounts.
 func noDevices(t *testing.T, dir string) {
@@ -224,6 +292,15 @@ func noDevices(t *testing.T, dir string) {
 	groups, _ := filepath.Glob("/sys/fs/cgroup/wrenn/*/cgroup.procs")
 	for _, g := range groups {
 		t.Errorf("left: the control group %s", filepath.Dir(g))
+	}
+	mounts, err := os.ReadFile("/proc/mounts")
+	if err != nil {
+		t.Error(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if strings.Contains(line, dir+"/") {
+			t.Errorf("left: the mount %s", line)
+		}
 	}
 	if spaces, err := os.ReadDir("/run/netns"); err == nil && harness.Driver() != "" {
 		for _, ns := range spaces { // on a machine that is ours alone

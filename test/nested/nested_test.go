@@ -117,7 +117,7 @@ func TestLifeCycleOnFirecracker(t *testing.T) {
 		copyTo(t, filepath.Join(dir, "usr/bin", p), filepath.Join(bin, p))
 	}
 	Build(t, filepath.Join(dir, "t/e2e"), "test", pkg)
-	env = append(env, "WRENN_TEST_VERBOSE="+os.Getenv("WRENN_TEST_VERBOSE"), "WRENN_BIN=/usr/bin", "WRENN_CACHE=/cache", "WRENN_DEV_DIR=/var/tmp/w")
+	env = append(env, "WRENN_TEST_OWN_MACHINE=1", "WRENN_TEST_VERBOSE="+os.Getenv("WRENN_TEST_VERBOSE"), "WRENN_BIN=/usr/bin", "WRENN_CACHE=/cache", "WRENN_DEV_DIR=/var/tmp/w")
 	m := Machine{
 		Tree: dir, DiskMB: 6 << 10, MemoryMB: 3 << 10, Limit: limit,
 		Steps: []Step{{Name: "e2e", Args: append([]string{"/t/e2e"}, args...), Env: append(env, nestedEnv...), Dir: "/t"}},

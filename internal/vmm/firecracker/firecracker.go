@@ -235,14 +235,9 @@ func (d *Driver) restore(ctx context.Context, h host, a vmm.RestoreArgs) (*machi
 	if err != nil {
 		return nil, err
 	}
-	m, err := l.start(ctx)
+	m, err := l.startAndAttach(ctx, a.Attach)
 	if err != nil {
 		return nil, err
-	}
-	if a.Attach != nil {
-		if err := a.Attach(ctx, m.PID()); err != nil {
-			return nil, m.abandon(fmt.Errorf("attaching the memory: %w", err))
-		}
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, m.abandon(err)

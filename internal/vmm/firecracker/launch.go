@@ -157,7 +157,11 @@ func (l *launch) forget(names ...string) {
 }
 
 // start runs Firecracker and shakes hands. On failure no process is left.
-func (l *launch) start(ctx context.Context) (_ *machine, err error) {
+func (l *launch) start(ctx context.Context) (*machine, error) { return l.startAndAttach(ctx, nil) }
+
+// startAndAttach is start, and has attach, if not nil, called with the process
+// while that gets ready.
+func (l *launch) startAndAttach(ctx context.Context, attach func(context.Context, int) error) (_ *machine, err error) {
 	stderrPath := filepath.Join(l.args.Dir, logName)
 	if err := os.Remove(stderrPath); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("removing an old log: %w", err)
@@ -201,11 +205,21 @@ func (l *launch) start(ctx context.Context) (_ *machine, err error) {
 		Control: filepath.Join(l.root, apiName), ConsolePath: l.args.ConsolePath, StderrPath: stderrPath,
 		MemoryFD: -1, UffdDevFD: -1, Spec: l.spec, Info: l.host.info,
 	}, p, pumps, l.o)
+	attached := make(chan error, 1)
+	go func() {
+		var err error
+		if attach != nil {
+			if err = attach(ctx, p.PID()); err != nil {
+				err = fmt.Errorf("attaching the memory: %w", err)
+			}
+		}
+		attached <- err
+	}()
 	v, err := m.api.await(ctx, p.Done())
 	if err == nil && v != l.host.version {
 		err = fmt.Errorf("firecracker %s answers, %s was probed", v, l.host.version)
 	}
-	if err != nil {
+	if err = errors.Join(err, <-attached); err != nil {
 		return nil, m.abandon(err)
 	}
 	return m, nil

@@ -409,7 +409,10 @@ type PrepareMemoryRequest struct {
 	Mode     MemoryMode `protobuf:"varint,4,opt,name=mode,proto3,enum=pager.v1.MemoryMode" json:"mode,omitempty"`
 	// Copy mode: the unix socket to listen on for the VMM, a clean absolute path
 	// of at most 107 bytes.
-	SocketPath    string `protobuf:"bytes,5,opt,name=socket_path,json=socketPath,proto3" json:"socket_path,omitempty"`
+	SocketPath string `protobuf:"bytes,5,opt,name=socket_path,json=socketPath,proto3" json:"socket_path,omitempty"`
+	// Copy mode: let the VMM map the image from a file, if the pager can have all
+	// of it in RAM until the sandbox's memory is released.
+	Whole         bool `protobuf:"varint,6,opt,name=whole,proto3" json:"whole,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -479,12 +482,22 @@ func (x *PrepareMemoryRequest) GetSocketPath() string {
 	return ""
 }
 
+func (x *PrepareMemoryRequest) GetWhole() bool {
+	if x != nil {
+		return x.Whole
+	}
+	return false
+}
+
 type PrepareMemoryResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The shared pages are /proc/<pid>/fd/<fd>; both are 0 in copy mode.
-	Pid           int32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
-	Fd            int32 `protobuf:"varint,2,opt,name=fd,proto3" json:"fd,omitempty"`
-	Size          int64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	Pid  int32 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	Fd   int32 `protobuf:"varint,2,opt,name=fd,proto3" json:"fd,omitempty"`
+	Size int64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// The whole image, for VMMs to map privately; nothing is to be attached then.
+	// Empty: pages are copied.
+	WholePath     string `protobuf:"bytes,4,opt,name=whole_path,json=wholePath,proto3" json:"whole_path,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -538,6 +551,13 @@ func (x *PrepareMemoryResponse) GetSize() int64 {
 		return x.Size
 	}
 	return 0
+}
+
+func (x *PrepareMemoryResponse) GetWholePath() string {
+	if x != nil {
+		return x.WholePath
+	}
+	return ""
 }
 
 type AttachMemoryRequest struct {
@@ -1470,7 +1490,7 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"read_bytes\x18\x01 \x01(\x04R\treadBytes\x12\x1d\n" +
 	"\n" +
 	"used_bytes\x18\x02 \x01(\x04R\tusedBytes\x12!\n" +
-	"\fmissed_bytes\x18\x03 \x01(\x04R\vmissedBytes\"\xb8\x01\n" +
+	"\fmissed_bytes\x18\x03 \x01(\x04R\vmissedBytes\"\xce\x01\n" +
 	"\x14PrepareMemoryRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x19\n" +
@@ -1478,11 +1498,14 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\tkeep_warm\x18\x03 \x01(\bR\bkeepWarm\x12(\n" +
 	"\x04mode\x18\x04 \x01(\x0e2\x14.pager.v1.MemoryModeR\x04mode\x12\x1f\n" +
 	"\vsocket_path\x18\x05 \x01(\tR\n" +
-	"socketPath\"M\n" +
+	"socketPath\x12\x14\n" +
+	"\x05whole\x18\x06 \x01(\bR\x05whole\"l\n" +
 	"\x15PrepareMemoryResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x0e\n" +
 	"\x02fd\x18\x02 \x01(\x05R\x02fd\x12\x12\n" +
-	"\x04size\x18\x03 \x01(\x03R\x04size\"F\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\x12\x1d\n" +
+	"\n" +
+	"whole_path\x18\x04 \x01(\tR\twholePath\"F\n" +
 	"\x13AttachMemoryRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n" +

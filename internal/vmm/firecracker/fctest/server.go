@@ -198,13 +198,19 @@ func (s *Server) create(body []byte) error {
 
 func (s *Server) load(body []byte) error {
 	var l struct {
-		Snapshot string            `json:"snapshot_path"`
-		Diff     bool              `json:"enable_diff_snapshots"`
-		Resume   bool              `json:"resume_vm"`
-		Backend  map[string]string `json:"mem_backend"`
+		Snapshot string `json:"snapshot_path"`
+		Diff     bool   `json:"enable_diff_snapshots"`
+		Resume   bool   `json:"resume_vm"`
+		Backend  struct {
+			Type string `json:"backend_type"`
+			Path string `json:"backend_path"`
+		} `json:"mem_backend"`
 	}
 	if err := decode(body, &l); err != nil {
 		return err
+	}
+	if t := l.Backend.Type; t != "File" && t != "Uffd" {
+		return fmt.Errorf("An error occurred when deserializing the json body of a request: unknown variant `%s`, expected `File` or `Uffd`.", t)
 	}
 	b, err := os.ReadFile(l.Snapshot)
 	var state saved
@@ -213,6 +219,9 @@ func (s *Server) load(body []byte) error {
 	}
 	if err != nil || !state.Fake {
 		return fmt.Errorf("Load snapshot error: %v", err)
+	}
+	if st, err := os.Stat(l.Backend.Path); l.Backend.Type == "File" && (err != nil || st.Size() != int64(state.Config.MemoryMB)<<20) {
+		return fmt.Errorf("Load snapshot error: the memory file: %v", err)
 	}
 	s.config, s.state = state.Config, paused
 	return nil
