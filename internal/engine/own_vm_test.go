@@ -161,10 +161,54 @@ func rollup(t *testing.T, pid int, name string) (kb int) {
 
 func median(d []time.Duration) time.Duration { return slices.Sorted(slices.Values(d))[len(d)/2] }
 
-// TestVMResumeBesideFirecrackersOwnLoad measures, in turn, our resume of a
-// paused sandbox and a Firecracker that loads the same state and memory by
-// itself, each until it runs and until its guest has spoken. It judges nothing:
-// `make bench` prints what it tells.
+// against collects how long it takes us, and a Firecracker that nobody drives,
+// until a machine runs and until its guest has spoken.
+type against struct{ ours, own, oursTick, ownTick []time.Duration }
+
+// rounds is how often each is measured; the first round warms both up.
+const rounds = 6
+
+// load lets a Firecracker load the same state and memory by itself.
+func (a *against) load(t *testing.T, state, memory string) {
+	t.Helper()
+	began := time.Now()
+	fc := startAlone(t)
+	fc.load(t, state, memory)
+	a.own = append(a.own, time.Since(began))
+	awaitTick(t, fc.console, 0)
+	a.ownTick = append(a.ownTick, time.Since(began))
+	fc.end()
+}
+
+// start is our turn: console is where the guest speaks.
+func (a *against) start(t *testing.T, console string, start func() (Stats, error)) {
+	t.Helper()
+	had := ticksIn(console)
+	began := time.Now()
+	stats, err := start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.ours = append(a.ours, time.Since(began))
+	awaitTick(t, console, had)
+	a.oursTick = append(a.oursTick, time.Since(began))
+	t.Logf("ours by parts: %v", stats.Phases)
+}
+
+// tell prints the figures, for `make bench` to find.
+func (a *against) tell(t *testing.T, what string) {
+	for name, d := range map[string][]time.Duration{
+		"ours-runs": a.ours, "own-runs": a.own, "ours-speaks": a.oursTick, "own-speaks": a.ownTick,
+	} {
+		d = d[1:]
+		t.Logf("FIGURE %s-%s %v of %v", what, name, median(d).Round(time.Millisecond), d)
+	}
+}
+
+// TestVMResumeBesideFirecrackersOwnLoad measures in turn, in one run: a resume
+// of a paused sandbox and Firecracker's own load of the same state and memory,
+// and a clone of a named snapshot and Firecracker's own load of that. It judges
+// nothing: `make bench` prints what it tells.
 func TestVMResumeBesideFirecrackersOwnLoad(t *testing.T) {
 	if os.Getenv("WRENN_BENCH") != "1" {
 		t.Skip("skipped: it measures; make bench runs it")
@@ -174,91 +218,58 @@ func TestVMResumeBesideFirecrackersOwnLoad(t *testing.T) {
 	r.must(err)
 	console := filepath.Join(r.opts.Dir, "sandboxes", "a", consoleName)
 	awaitTick(t, console, 5)
-	var ours, own, oursTick, ownTick []time.Duration
-	for i := range 6 {
+	var resume against
+	for range rounds {
 		r.must(r.pause("a"))
 		m, err := r.opts.Store.Manifest(r.sandboxes["a"].journal().Manifest)
 		r.must(err)
-		state, err := r.opts.Store.StatePath(m.ID)
-		r.must(err)
-		memory, err := os.Create(filepath.Join(r.opts.Dir, "memory"))
-		r.must(err)
-		r.must(memory.Truncate(128 << 20))
-		r.dump(m, memory)
-		r.must(memory.Close())
-
-		began := time.Now()
-		a := startAlone(t)
-		a.load(t, state, memory.Name())
-		loaded := time.Since(began)
-		awaitTick(t, a.console, 0)
-		spoke := time.Since(began)
-		a.end()
-
-		had := ticksIn(console)
-		began = time.Now()
-		r.must(r.resume("a"))
-		resumed := time.Since(began)
-		awaitTick(t, console, had)
-		if i > 0 { // the first warms both up
-			own, ownTick = append(own, loaded), append(ownTick, spoke)
-			ours, oursTick = append(ours, resumed), append(oursTick, time.Since(began))
-		}
+		resume.load(t, r.stateFile(m), r.memoryFile(m))
+		resume.start(t, console, func() (Stats, error) {
+			_, s, err := r.Resume(t.Context(), "a", false)
+			return s, err
+		})
 	}
-	for name, d := range map[string][]time.Duration{"ours-runs": ours, "own-runs": own, "ours-speaks": oursTick, "own-speaks": ownTick} {
-		t.Logf("FIGURE %s %v of %v", name, median(d).Round(time.Millisecond), d)
-	}
-	r.must(r.Destroy(t.Context(), "a"))
-}
+	resume.tell(t, "resume")
 
-// TestVMClonesOnAFile measures what ADR 11 compares: two clones of one snapshot
-// by copies of pages, and two by Firecracker's File backend on an image that is
-// whole in shared memory.
-func TestVMClonesOnAFile(t *testing.T) {
-	if os.Getenv("WRENN_BENCH") != "1" {
-		t.Skip("skipped: it measures; docs/adr/0011-firecracker.md tells the result")
-	}
-	r := vmRig(t)
-	_, _, err := r.Create(t.Context(), CreateSpec{ID: "a", Template: "base", MemoryMB: 128})
-	r.must(err)
-	awaitTick(t, filepath.Join(r.opts.Dir, "sandboxes", "a", consoleName), 5)
 	m, _, err := r.Snapshot(t.Context(), "a", "s")
 	r.must(err)
 	r.must(r.Destroy(t.Context(), "a"))
-	state, err := r.opts.Store.StatePath(m.ID)
-	r.must(err)
-
-	for _, id := range []string{"b", "c"} {
-		began := time.Now()
-		_, _, err := r.Create(t.Context(), CreateSpec{ID: id, Template: "s"})
-		r.must(err)
+	var clone against
+	memory := r.memoryFile(m)
+	for i := range rounds {
+		clone.load(t, r.stateFile(m), memory)
+		id := fmt.Sprintf("c%d", i)
+		clone.start(t, filepath.Join(r.opts.Dir, "sandboxes", id, consoleName), func() (Stats, error) {
+			_, s, err := r.Create(t.Context(), CreateSpec{ID: id, Template: "s"})
+			return s, err
+		})
+		if i < rounds-2 { // the last two live at one time
+			r.must(r.Destroy(t.Context(), id))
+		}
+	}
+	clone.tell(t, "clone")
+	for _, id := range []string{"c4", "c5"} {
 		awaitTick(t, filepath.Join(r.opts.Dir, "sandboxes", id, consoleName), 10)
 		pid := r.sandboxes[id].current().machine.PID()
-		t.Logf("FIGURE copy: clone %s ticks 10 times after %v, has Pss %d KiB, of it anonymous %d KiB", id, time.Since(began).Round(time.Millisecond), rollup(t, pid, "Pss"), rollup(t, pid, "Pss_Anon"))
+		t.Logf("clone %s has Pss %d KiB, of it anonymous %d KiB", id, rollup(t, pid, "Pss"), rollup(t, pid, "Pss_Anon"))
+		r.must(r.Destroy(t.Context(), id))
 	}
-	r.must(r.Destroy(t.Context(), "b"))
-	r.must(r.Destroy(t.Context(), "c"))
+}
 
-	began := time.Now()
-	fd, err := unix.MemfdCreate("shared", unix.MFD_CLOEXEC)
+// memoryFile has the memory of a snapshot as Firecracker's manual wants it.
+func (r *ownRig) memoryFile(m snapshot.Manifest) string {
+	r.t.Helper()
+	f, err := os.Create(filepath.Join(r.opts.Dir, "memory"))
 	r.must(err)
-	shared := os.NewFile(uintptr(fd), "shared")
-	defer shared.Close()
-	r.must(shared.Truncate(128 << 20))
-	r.dump(m, shared)
-	var st unix.Stat_t
-	r.must(unix.Fstat(fd, &st))
-	t.Logf("FIGURE file: made whole in %v, has %d KiB", time.Since(began).Round(time.Millisecond), st.Blocks/2)
-	var clones []*alone
-	for range 2 {
-		began := time.Now()
-		a := startAlone(t)
-		a.load(t, state, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd))
-		awaitTick(t, a.console, 10)
-		t.Logf("FIGURE file: a clone ticks 10 times after %v", time.Since(began).Round(time.Millisecond))
-		clones = append(clones, a)
-	}
-	for _, a := range clones {
-		t.Logf("FIGURE file: Pss %d KiB, of it anonymous %d KiB", rollup(t, a.cmd.Process.Pid, "Pss"), rollup(t, a.cmd.Process.Pid, "Pss_Anon"))
-	}
+	defer f.Close()
+	r.must(f.Truncate(int64(m.VMM.MemoryMB) << 20))
+	r.dump(m, f)
+	return f.Name()
+}
+
+func (r *ownRig) stateFile(m snapshot.Manifest) string {
+	r.t.Helper()
+	path, err := r.opts.Store.StatePath(m.ID)
+	r.must(err)
+	return path
 }

@@ -59,11 +59,17 @@ func run(ctx context.Context, rounds int, only string) error {
 			return err
 		}
 	}
-	if !strings.Contains("engine", only) {
-		return nil
+	alone := []part{ // without a server
+		{"firecracker", b.firecracker},
+		{"engine", func(ctx context.Context) error { return engine(ctx, rounds, out) }},
 	}
-	if err := engine(ctx, rounds, out); err != nil {
-		return fmt.Errorf("engine: %w", err)
+	for _, p := range alone {
+		if !strings.Contains(p.name, only) {
+			continue
+		}
+		if err := p.run(ctx); err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
 	}
 	return nil
 }
@@ -79,7 +85,6 @@ func (b *bench) parts() []part {
 		{"boot", b.boot}, {"resume", b.resume}, {"spawn", b.spawn}, {"pause", b.pause},
 		{"clone-memory", b.cloneMemory}, {"saturated-boot", b.saturatedBoot},
 		{"fork", b.fork}, {"adopt", b.adopt}, {"load", b.load}, {"e2b", b.e2b},
-		{"firecracker", b.firecracker},
 	}
 }
 
