@@ -45,6 +45,7 @@ var rules = map[string]rule{
 
 	"snapshot/storage/s3":          with([]string{"github.com/minio/minio-go"}, "snapshot/storage"),
 	"snapshot/storage/storagetest": only("snapshot/storage"),
+	"snapshot/storage/zstd":        with([]string{"github.com/klauspost/compress", "golang.org/x/sync"}, "snapshot/storage"),
 	"snapshot/remote":              with([]string{"golang.org/x/sync"}, "snapshot", "snapshot/format", "snapshot/storage"),
 
 	"internal/gen/":            with([]string{"connectrpc.com/connect", "google.golang.org/protobuf"}, "internal/gen/"),

@@ -18,6 +18,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 	"git.omukk.dev/wrenn/sandbox/snapshot/storage/s3"
 	"git.omukk.dev/wrenn/sandbox/snapshot/storage/storagetest"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage/zstd"
 )
 
 const blockSize = format.BlockSize
@@ -178,6 +179,23 @@ func TestPublishOpenImport(t *testing.T) {
 		o, err := storage.NewFiles(nil, t.TempDir())
 		must(t, err)
 		life(t, o)
+	})
+	t.Run("compressed", func(t *testing.T) {
+		m := storagetest.NewMemory()
+		stack, err := storage.NewStack(m, storage.StackOptions{
+			Encode: func(o storage.Objects) (storage.Objects, error) {
+				return zstd.New(o, zstd.Options{TempDir: t.TempDir(), Immutable: remote.Immutable})
+			},
+			Cache: storage.CacheOptions{Dir: t.TempDir(), Cacheable: remote.Immutable},
+		})
+		must(t, err)
+		defer stack.Close()
+		life(t, stack)
+		there, err := remote.Open(bg, m)
+		must(t, err)
+		if ms, _ := there.Manifests(); len(ms) != 0 {
+			t.Error("manifests are stored as they are")
+		}
 	})
 	t.Run("S3 with all decorators", func(t *testing.T) {
 		server := storagetest.StartS3(t)

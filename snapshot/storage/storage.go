@@ -8,7 +8,8 @@
 // or shared elsewhere (see snapshot/remote): in a directory ([Files]), in an S3
 // bucket (snapshot/storage/s3), in memory for tests (snapshot/storage/storagetest).
 // What makes a far store usable is put around any of them by [NewStack]:
-// [Timeout], [Limit], [Retry] and [Cache].
+// [Timeout], [Limit], [Retry] and [Cache], and snapshot/storage/zstd where the
+// objects are to be compressed.
 //
 // The package is a leaf of the engine; it imports only the standard library.
 //
