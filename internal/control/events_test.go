@@ -90,6 +90,21 @@ func TestEventsTellOfASandboxThatStandsStill(t *testing.T) {
 	}
 }
 
+// The next process tells that it goes on, though it never saw it stand still.
+func TestEventsTellOfAWaitThatEndedBetweenTwoProcesses(t *testing.T) {
+	t.Parallel()
+	f := setup(t)
+	sb := f.create(t, control.CreateParams{})
+	stop := f.run(t)
+	f.host.SetWaiting(sb.ID, "no room")
+	await(t, "it is noted", func() bool { return f.log(t, sb.ID) == "create:running wait:running(no room)" })
+	stop()
+	f.host.SetWaiting(sb.ID, "")
+	f.Service = f.again(t)
+	f.run(t)
+	await(t, "it goes on", func() bool { return f.log(t, sb.ID) == "create:running wait:running(no room) go_on:running" })
+}
+
 func TestARequestCutOffByTheServersEndIsAConflict(t *testing.T) {
 	t.Parallel()
 	f := setup(t)

@@ -33,21 +33,49 @@ func (s *Service) watch(ctx context.Context) {
 // tellWaiting notes that a sandbox began to stand still, or goes on.
 func (s *Service) tellWaiting(ctx context.Context, e HostEvent) {
 	id, why := e.Sandbox.ID, e.Sandbox.Waiting
-	if e.Synced || e.Removed {
-		why = ""
+	if e.Synced {
+		return
 	}
 	s.waitingMu.Lock()
-	was := s.waiting[id]
-	if s.waiting[id] = why; why == "" {
+	defer s.waitingMu.Unlock()
+	if e.Removed {
 		delete(s.waiting, id)
+		return
 	}
-	s.waitingMu.Unlock()
+	was, known := s.waiting[id]
+	if !known { // by this process; an earlier one may have told of it
+		was = s.toldWaiting(ctx, id)
+	}
+	s.waiting[id] = why
 	switch {
-	case why == was || e.Removed:
+	case why == was:
 	case why != "":
 		s.note(ctx, Event{SandboxID: id, Type: EventWait, Error: why})
 	default:
 		s.note(ctx, Event{SandboxID: id, Type: EventGoOn, Detail: was}) // a full disk may not have taken the first event
+	}
+}
+
+// toldWaiting is what a sandbox's log says of its standing still.
+func (s *Service) toldWaiting(ctx context.Context, id string) (why string) {
+	const page = 500
+	for after := int64(0); ; {
+		events, err := s.store.ListEvents(ctx, id, after, page)
+		if err != nil {
+			s.log.WarnContext(ctx, "read what was told of a sandbox", "sandbox", id, "err", err)
+			return ""
+		}
+		for _, e := range events {
+			switch after = e.Seq; e.Type {
+			case EventWait:
+				why = e.Error
+			case EventGoOn:
+				why = ""
+			}
+		}
+		if len(events) < page {
+			return why
+		}
 	}
 }
 

@@ -60,7 +60,7 @@ type Service struct {
 	// that was read beside one is not taken for the present.
 	snapshots atomic.Int64
 
-	// waiting says why sandboxes stand still, as far as it was noted.
+	// waiting says why sandboxes stand still, or that they do not, as noted last.
 	waitingMu sync.Mutex
 	waiting   map[string]string
 

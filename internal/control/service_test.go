@@ -43,12 +43,15 @@ func (f *fixture) again(t *testing.T) *control.Service {
 	})
 }
 
-// run runs the service's loops until the test ends.
-func (f *fixture) run(t *testing.T) {
+// run runs the service's loops until stop, or the end of the test.
+func (f *fixture) run(t *testing.T) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
-	go func() { defer close(done); _ = f.Run(ctx) }()
-	t.Cleanup(func() { cancel(); <-done })
+	service := f.Service
+	go func() { defer close(done); _ = service.Run(ctx) }()
+	stop = func() { cancel(); <-done }
+	t.Cleanup(stop)
+	return stop
 }
 
 func (f *fixture) create(t *testing.T, p control.CreateParams) control.Sandbox {

