@@ -123,10 +123,10 @@ func Decode(b []byte) (*Header, error) {
 		cols[i] = b[at : at+int(n)]
 		at += int(n)
 	}
-	if h.Mappings, err = decodeMappings(cols, p.mappings, h.Builds); err != nil {
+	if err := h.validateBuilds(); err != nil {
 		return nil, err
 	}
-	if err := h.Validate(); err != nil {
+	if h.Mappings, err = decodeMappings(cols, p.mappings, &h); err != nil {
 		return nil, err
 	}
 	return &h, nil
@@ -212,14 +212,18 @@ func decodeBuilds(b []byte, n uint32) []BuildRef {
 	return out
 }
 
-func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings, error) {
+// decodeMappings decodes the columns and validates the mappings in one pass. h
+// has all but its mappings.
+func decodeMappings(cols [columns][]byte, n uint32, h *Header) (Mappings, error) {
+	builds := h.Builds
+	check := mappingCheck{header: h, blocks: h.Blocks(), used: make([]bool, len(builds))}
 	if n == 0 {
 		for i, c := range cols {
 			if len(c) != 0 {
 				return Mappings{}, fieldErr(columnNames[i], "%d bytes are left over", len(c))
 			}
 		}
-		return Mappings{}, nil
+		return Mappings{}, check.finish()
 	}
 	l := Mappings{n: int(n), uses: make([]int, len(builds))}
 	p := newPacker(&l)
@@ -237,8 +241,11 @@ func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings
 		if end > MaxBlocks {
 			return Mappings{}, fieldErr(columnNames[colGap], "value %d ends beyond the limit of %d blocks", i, uint64(MaxBlocks))
 		}
-		if !m.fits() {
-			return Mappings{}, offsetError(i, m, builds)
+		if err := check.next(i, m); err != nil {
+			if bad := badColumn(&r, i); bad != nil {
+				err = bad
+			}
+			return Mappings{}, err
 		}
 		l.uses[build]++
 		p.add(m)
@@ -251,15 +258,26 @@ func decodeMappings(cols [columns][]byte, n uint32, builds []BuildRef) (Mappings
 			return Mappings{}, fieldErr(columnNames[i], "%d bytes are left over", len(r[i].b)-r[i].at)
 		}
 	}
+	if err := check.finish(); err != nil {
+		return Mappings{}, err
+	}
 	p.finish()
 	return l, nil
 }
 
-func rowError(r *[columns]reader, i int, gap, length, build uint64, builds int) error {
+// badColumn is the fault behind a row that makes no sense, if a column has one.
+func badColumn(r *[columns]reader, i int) error {
 	for c := range r {
 		if r[c].bad {
 			return fieldErr(columnNames[c], "value %d is cut or not in its shortest form", i)
 		}
+	}
+	return nil
+}
+
+func rowError(r *[columns]reader, i int, gap, length, build uint64, builds int) error {
+	if err := badColumn(r, i); err != nil {
+		return err
 	}
 	switch {
 	case gap > MaxBlocks:

@@ -116,6 +116,13 @@ func (h *Header) Validate() error {
 	if err := h.validateFixed(); err != nil {
 		return err
 	}
+	if err := h.validateBuilds(); err != nil {
+		return err
+	}
+	return h.validateMappings()
+}
+
+func (h *Header) validateBuilds() error {
 	seen := make(map[ID]struct{}, len(h.Builds))
 	for i, b := range h.Builds {
 		if b.ID.IsZero() {
@@ -130,7 +137,7 @@ func (h *Header) Validate() error {
 			return fieldErr(fmt.Sprintf("builds[%d].blocks", i), "%d is not in 1…%d", b.Blocks, uint64(MaxBlocks))
 		}
 	}
-	return h.validateMappings()
+	return nil
 }
 
 func (h *Header) validateFixed() error {
@@ -158,23 +165,41 @@ func (h *Header) validateFixed() error {
 // validateMappings is one pass without allocation per mapping: it is part of
 // every decode.
 func (h *Header) validateMappings() error {
-	blocks := h.Blocks()
-	used := make([]bool, len(h.Builds))
-	var end uint64
+	c := mappingCheck{header: h, blocks: h.Blocks(), used: make([]bool, len(h.Builds))}
 	for i, m := range h.Mappings.All() {
-		if m.Length == 0 || m.Start < end || m.Start >= blocks || m.Length > blocks-m.Start {
-			return h.rangeError(i, m, end)
+		if err := c.next(i, m); err != nil {
+			return err
 		}
-		if uint64(m.Build) >= uint64(len(h.Builds)) {
-			return fieldErr(fmt.Sprintf("mappings[%d].build", i), "%d is not in the table of %d builds", m.Build, len(h.Builds))
-		}
-		if n := h.Builds[m.Build].Blocks; m.Offset >= n || m.Length > n-m.Offset {
-			return offsetError(i, m, h.Builds)
-		}
-		used[m.Build] = true
-		end = m.Start + m.Length
 	}
-	for i, u := range used {
+	return c.finish()
+}
+
+// mappingCheck validates mappings one by one, in order.
+type mappingCheck struct {
+	header *Header // its size and builds
+	blocks uint64
+	used   []bool
+	end    uint64 // of the mapping before
+}
+
+func (c *mappingCheck) next(i int, m Mapping) error {
+	if m.Length == 0 || m.Start < c.end || m.Start >= c.blocks || m.Length > c.blocks-m.Start {
+		return c.header.rangeError(i, m, c.end)
+	}
+	if uint64(m.Build) >= uint64(len(c.used)) {
+		return fieldErr(fmt.Sprintf("mappings[%d].build", i), "%d is not in the table of %d builds", m.Build, len(c.used))
+	}
+	if n := c.header.Builds[m.Build].Blocks; m.Offset >= n || m.Length > n-m.Offset {
+		return offsetError(i, m, c.header.Builds)
+	}
+	c.used[m.Build] = true
+	c.end = m.Start + m.Length
+	return nil
+}
+
+// finish is for when all mappings have passed.
+func (c *mappingCheck) finish() error {
+	for i, u := range c.used {
 		if !u {
 			return fieldErr(fmt.Sprintf("builds[%d]", i), "no mapping uses it")
 		}
@@ -186,7 +211,7 @@ func offsetError(i int, m Mapping, builds []BuildRef) error {
 	return fieldErr(fmt.Sprintf("mappings[%d].offset", i), "%d+%d is outside the build's %d blocks", m.Offset, m.Length, builds[m.Build].Blocks)
 }
 
-// rangeError words what validateMappings found, off its fast path.
+// rangeError words what a mappingCheck found, off its fast path.
 func (h *Header) rangeError(i int, m Mapping, end uint64) error {
 	switch {
 	case m.Length == 0:
