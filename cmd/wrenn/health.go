@@ -6,11 +6,11 @@ import (
 
 	rpc "connectrpc.com/connect"
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/control"
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
+	"git.omukk.dev/wrenn/sandbox/internal/pager"
 )
 
 // checks are what /readyz asks of this host besides the control plane's own.
@@ -29,21 +29,12 @@ func (s *stack) checkPager(ctx context.Context) error {
 	return nil
 }
 
-// freeBytes is the room that is left for what lies below a directory.
-func freeBytes(dir string) (uint64, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return 0, fmt.Errorf("ask for the room in %s: %w", dir, err)
-	}
-	return st.Bavail * uint64(st.Bsize), nil
-}
-
 func checkRoom(dir string, low uint64) error {
-	free, err := freeBytes(dir)
+	free, err := pager.FreeBelow(dir)
 	if err != nil {
 		return &control.Error{Code: control.CodeHostUnavailable, Message: "the state directory's file system does not answer", Err: err}
 	}
-	if free < low {
+	if uint64(free) < low {
 		return &control.Error{Code: control.CodeHostUnavailable, Message: fmt.Sprintf(
 			"the state directory's file system has %d MiB free, less than %d; below that nothing new is begun: delete sandboxes or snapshots, or lower --min-free-disk", free>>20, low>>20)}
 	}
@@ -83,7 +74,7 @@ func (c hostCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge(slotsDesc, float64(l.Cleaning), "cleaning")
 	gauge(waitingDesc, float64(l.Waiting))
 	gauge(lowDesc, float64(c.low))
-	if free, err := freeBytes(c.dir); err == nil { // /readyz tells the error
+	if free, err := pager.FreeBelow(c.dir); err == nil { // /readyz tells the error
 		gauge(freeDesc, float64(free))
 	}
 }

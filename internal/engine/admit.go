@@ -3,8 +3,6 @@ package engine
 import (
 	"fmt"
 
-	"golang.org/x/sys/unix"
-
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
 
@@ -91,12 +89,4 @@ func (e *Engine) diskFor(what string) error {
 			ErrNoRoom, what, free>>20, e.opts.MinFreeDisk>>20)
 	}
 	return nil
-}
-
-func freeBelow(dir string) (int64, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return 0, fmt.Errorf("ask for the free space below %s: %w", dir, err)
-	}
-	return int64(st.Bavail) * st.Bsize, nil
 }

@@ -186,7 +186,7 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	if opts.DiskFree == nil {
-		opts.DiskFree = func() (int64, error) { return freeBelow(opts.Dir) }
+		opts.DiskFree = func() (int64, error) { return pager.FreeBelow(opts.Dir) }
 	}
 	if opts.RetryAfter == 0 {
 		opts.RetryAfter = time.Second

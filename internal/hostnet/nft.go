@@ -65,9 +65,12 @@ func daddrIn(s *nftables.Set) rule {
 		&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID}}
 }
 
-func ctState(bits uint32) rule {
+func ctState(bits uint32) rule { return ctAny(expr.CtKeySTATE, bits) }
+
+// ctAny matches where any of the bits of what is tracked is set.
+func ctAny(key expr.CtKey, bits uint32) rule {
 	return rule{
-		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+		&expr.Ct{Key: key, Register: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
 			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
 		cmpNeq(make([]byte, 4)),

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 )
@@ -23,14 +22,7 @@ func tcpPort(port uint16) rule {
 		payload(expr.PayloadBaseTransportHeader, 2, binary.BigEndian.AppendUint16(nil, port)))
 }
 
-func ctStatus(bits uint32) rule {
-	return rule{
-		&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
-		cmpNeq(make([]byte, 4)),
-	}
-}
+func ctStatus(bits uint32) rule { return ctAny(expr.CtKeySTATUS, bits) }
 
 // lead sends what is for this process to it.
 func lead(c *nftables.Conn, t *nftables.Table, e Egress) {

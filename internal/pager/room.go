@@ -170,8 +170,8 @@ func (s *Server) watchRoom(ctx context.Context) {
 	}
 }
 
-// freeBelow is the room that is left for what lies below a directory, bytes.
-func freeBelow(dir string) (int64, error) {
+// FreeBelow is the room that is left for what lies below a directory, bytes.
+func FreeBelow(dir string) (int64, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		return 0, fmt.Errorf("ask for the room in %s: %w", dir, err)

@@ -152,7 +152,7 @@ func TestTheReserveIsWatched(t *testing.T) {
 	}
 	cancel()
 	<-ended
-	if n, err := freeBelow(t.TempDir()); err != nil || n <= 0 {
+	if n, err := FreeBelow(t.TempDir()); err != nil || n <= 0 {
 		t.Errorf("free: %d, %v", n, err)
 	}
 }

@@ -124,7 +124,7 @@ func New(opts Options) (*Server, error) {
 		opts.OrderWindow = 5 * time.Second
 	}
 	if opts.DiskFree == nil {
-		opts.DiskFree = func() (int64, error) { return freeBelow(opts.Dir) }
+		opts.DiskFree = func() (int64, error) { return FreeBelow(opts.Dir) }
 	}
 	if opts.MemAvailable == nil {
 		opts.MemAvailable = memAvailable

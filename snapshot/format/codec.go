@@ -229,16 +229,14 @@ func decodeMappings(cols [columns][]byte, n uint32, h *Header) (Mappings, error)
 	p := newPacker(&l)
 	next := make([]uint64, len(builds))
 	r := [columns]reader{{b: cols[0]}, {b: cols[1]}, {b: cols[2]}, {b: cols[3]}}
-	var end uint64
 	for i := range int(n) {
 		gap, length, build, offset := r[colGap].next(), r[colLength].next(), r[colBuild].next(), r[colOffset].next()
 		if build >= uint64(len(builds)) || gap > MaxBlocks || length >= MaxBlocks {
 			return Mappings{}, rowError(&r, i, gap, length, build, len(builds))
 		}
-		m := Mapping{Start: end + gap, Length: length + 1, Build: uint32(build), Offset: next[build] + unzigzag(offset)}
+		m := Mapping{Start: check.end + gap, Length: length + 1, Build: uint32(build), Offset: next[build] + unzigzag(offset)}
 		next[build] = m.Offset + m.Length
-		end = m.Start + m.Length
-		if end > MaxBlocks {
+		if m.End() > MaxBlocks {
 			return Mappings{}, fieldErr(columnNames[colGap], "value %d ends beyond the limit of %d blocks", i, uint64(MaxBlocks))
 		}
 		if err := check.next(i, m); err != nil {
