@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math"
 	"math/rand/v2"
 	"runtime"
 	"slices"
@@ -569,7 +570,46 @@ func TestLeavesOfEveryShape(t *testing.T) {
 	}
 }
 
-// checkPacked checks that a list holds ms, and that Seek finds each.
+// A leaf's starts take a byte each as long as they fit, and it has at most so
+// many: at and around both edges every block is found.
+func TestLeavesAtTheEdgeOfAByte(t *testing.T) {
+	for rows := uint64(1); rows <= maxRows+2; rows++ {
+		for last := uint64(farStart - 4); last < farStart+4; last++ {
+			var ms []Mapping
+			for i := range rows - 1 {
+				ms = append(ms, Mapping{Start: 7 + 3*i, Length: 1 + i%2, Offset: i})
+			}
+			ms = append(ms, Mapping{Start: 7 + last, Length: 2, Offset: rows})
+			l := NewMappings(ms...)
+			for block := range 7 + last + 5 {
+				checkLookup(t, &l, ms, block)
+			}
+		}
+	}
+}
+
+// checkLookup checks an answer against all mappings, which do not overlap.
+func checkLookup(t *testing.T, l *Mappings, ms []Mapping, block uint64) {
+	t.Helper()
+	const limit = 2 * MaxBlocks
+	want, holds, next := Mapping{}, false, uint64(limit)
+	at, _ := slices.BinarySearchFunc(ms, block, func(m Mapping, block uint64) int {
+		if m.End() > block {
+			return 1
+		}
+		return -1
+	})
+	if at < len(ms) {
+		if next = ms[at].Start; next <= block {
+			want, holds, next = ms[at], true, 0
+		}
+	}
+	if m, ok, n := l.lookup(block, limit); m != want || ok != holds || n != next {
+		t.Fatalf("block %d of %d mappings: %+v, %v, next %d; want %+v, %v, %d", block, len(ms), m, ok, n, want, holds, next)
+	}
+}
+
+// checkPacked checks that a list holds ms, and that Seek and look-ups find each.
 func checkPacked(t *testing.T, ms []Mapping) {
 	t.Helper()
 	l := NewMappings(ms...)
@@ -593,6 +633,12 @@ func checkPacked(t *testing.T, ms []Mapping) {
 		c := l.Seek(m.End() - 1)
 		if got, ok := c.Next(); !ok || got != m {
 			t.Fatalf("sought mapping %d, %+v: found %+v, %v", i, m, got, ok)
+		}
+		if m, ok, _ := l.lookup(m.End()-1, 0); !ok || m != ms[i] {
+			t.Fatalf("looked mapping %d up, %+v: found %+v, %v", i, ms[i], m, ok)
+		}
+		if m, ok, next := l.lookup(m.End(), math.MaxUint64); i+1 < len(ms) && ms[i].End() < ms[i+1].Start && (ok || next != ms[i+1].Start) {
+			t.Fatalf("behind mapping %d, %+v: found %+v, %v, next %d", i, ms[i], m, ok, next)
 		}
 	}
 }

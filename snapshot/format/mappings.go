@@ -62,16 +62,17 @@ func (p *packer) finish() {
 	p.out.makeIndex()
 }
 
-// makeIndex divides the blocks up to the last leaf into about as many parts as
-// there are leaves. Where mappings lie in heaps a part has many of them, and
-// the search between two entries of the index is a binary one.
+// makeIndex divides the blocks up to the last leaf into more parts than there
+// are leaves, but not more than twice as many. Where mappings lie in heaps a
+// part has many of them, and the search between two entries of the index is a
+// binary one.
 func (l *Mappings) makeIndex() {
 	if len(l.entries) == 0 {
 		return
 	}
 	last := l.entries[len(l.entries)-1].start
 	l.shift = 0
-	for last>>l.shift >= uint64(len(l.entries)) {
+	for last>>l.shift >= 2*uint64(len(l.entries)) {
 		l.shift++
 	}
 	l.index = make([]uint32, last>>l.shift+2)
@@ -143,18 +144,31 @@ func (l *Mappings) Seek(block uint64) Cursor {
 // false, and the first block of the next mapping, or limit.
 func (l *Mappings) lookup(block, limit uint64) (m Mapping, ok bool, next uint64) {
 	i := l.find(block)
-	if i >= 0 {
-		e := l.entries[i]
-		h := e.leaf.head()
-		row := e.last(h, block)
-		if m = e.mapping(h, row); m.End() > block {
-			return m, true, 0
+	if i < 0 {
+		if len(l.entries) > 0 {
+			limit = l.entries[0].start
 		}
-		if row+1 < h.rows() {
-			return Mapping{}, false, e.at(h, row+1)
-		}
+		return Mapping{}, false, limit
 	}
-	if i+1 < len(l.entries) {
+	e := &l.entries[i]
+	h := e.leaf.head()
+	var row int
+	if h.near() {
+		// As below, but inlined: fewer instructions let the processor begin the
+		// next look-up while this one waits for its leaf.
+		row = e.leaf.lastNear(block - e.start)
+		m = h.unpack(e.start+uint64(e.leaf[uint(row)%maxRows]), e.leaf.bits(maxRows*8+uint(row)*h.row()))
+	} else {
+		row = e.last(h, block)
+		m = e.mapping(h, row)
+	}
+	if m.End() > block {
+		return m, true, 0
+	}
+	switch {
+	case row+1 < h.rows():
+		limit = e.at(h, row+1)
+	case i+1 < len(l.entries):
 		limit = l.entries[i+1].start
 	}
 	return Mapping{}, false, limit
@@ -165,9 +179,22 @@ func (l *Mappings) find(block uint64) int {
 	if len(l.entries) == 0 || block < l.entries[0].start {
 		return -1
 	}
-	part := min(block>>l.shift, uint64(len(l.index)-2))
-	from, to := int(l.index[part]), int(l.index[part+1])
-	return from + lastFrom(l.entries[from:to+1], block)
+	part := min(block>>(l.shift&63), uint64(len(l.index)-2))
+	from, to := uint(l.index[part]), uint(l.index[part+1])
+	if to-from > 2 || from+2 >= uint(len(l.entries)) {
+		return int(from) + lastFrom(l.entries[from:to+1], block)
+	}
+	// Where mappings are spread evenly that is never so. Two comparisons that
+	// compile to conditional moves are cheaper than a loop, of which nobody can
+	// foretell the length.
+	at := from
+	if l.entries[from+1].start <= block {
+		at = from + 1
+	}
+	if l.entries[from+2].start <= block {
+		at = from + 2
+	}
+	return int(at)
 }
 
 // leafFrom is find for a block that is not before leaf from, by searching.
