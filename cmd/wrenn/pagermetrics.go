@@ -23,10 +23,12 @@ var pagerFigures = []struct {
 	kind prometheus.ValueType
 	get  func(*pagerv1.Totals) float64
 }{
-	{prometheus.NewDesc("wrenn_pager_prefetch_read_bytes_total", "Bytes of memory images read ahead of cold starts.", nil, nil), prometheus.CounterValue,
+	{prometheus.NewDesc("wrenn_pager_prefetch_read_bytes_total", "Bytes of memory images read ahead of cold starts, of those that can be judged.", nil, nil), prometheus.CounterValue,
 		func(t *pagerv1.Totals) float64 { return float64(t.GetPrefetch().GetReadBytes()) }},
-	{prometheus.NewDesc("wrenn_pager_prefetch_used_bytes_total", "Of the bytes read ahead, those that the start used; precision is used/read, wasted is read-used.", nil, nil), prometheus.CounterValue,
+	{prometheus.NewDesc("wrenn_pager_prefetch_used_bytes_total", "Of the bytes read ahead, those that the start used; precision is used/read.", nil, nil), prometheus.CounterValue,
 		func(t *pagerv1.Totals) float64 { return float64(t.GetPrefetch().GetUsedBytes()) }},
+	{prometheus.NewDesc("wrenn_pager_prefetch_wasted_bytes_total", "Of the bytes read ahead, those that the start did not use.", nil, nil), prometheus.CounterValue,
+		func(t *pagerv1.Totals) float64 { return float64(t.GetPrefetch().GetWastedBytes()) }},
 	{prometheus.NewDesc("wrenn_pager_prefetch_missed_bytes_total", "Bytes that starts needed and that were not read ahead; recall is used/(used+missed).", nil, nil), prometheus.CounterValue,
 		func(t *pagerv1.Totals) float64 { return float64(t.GetPrefetch().GetMissedBytes()) }},
 	{prometheus.NewDesc("wrenn_pager_evicted_bytes_total", "Bytes of memory images given back when memory was short.", nil, nil), prometheus.CounterValue,

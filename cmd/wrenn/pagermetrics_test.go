@@ -38,11 +38,12 @@ func TestPagerFiguresAreScraped(t *testing.T) {
 		return got
 	}
 	got := scrape(pagerCollector{statusOnly{totals: &pagerv1.Totals{
-		Prefetch: &pagerv1.Prefetch{ReadBytes: 5, UsedBytes: 4, MissedBytes: 3}, EvictedBytes: 2, SharedResidentBytes: 1,
+		Prefetch: &pagerv1.Prefetch{ReadBytes: 9, UsedBytes: 4, WastedBytes: 5, MissedBytes: 3}, EvictedBytes: 2, SharedResidentBytes: 1,
 		Faults: 6, FilledBytes: 7, DiskWaits: 8,
 	}}})
 	for name, want := range map[string]float64{
-		"wrenn_pager_prefetch_read_bytes_total": 5, "wrenn_pager_prefetch_used_bytes_total": 4, "wrenn_pager_prefetch_missed_bytes_total": 3,
+		"wrenn_pager_prefetch_read_bytes_total": 9, "wrenn_pager_prefetch_used_bytes_total": 4,
+		"wrenn_pager_prefetch_wasted_bytes_total": 5, "wrenn_pager_prefetch_missed_bytes_total": 3,
 		"wrenn_pager_evicted_bytes_total": 2, "wrenn_pager_shared_resident_bytes": 1,
 		"wrenn_pager_faults_total": 6, "wrenn_pager_filled_bytes_total": 7,
 		"wrenn_pager_disk_waits_total": 8, "wrenn_sandboxes_waiting_for_disk": 2,

@@ -260,12 +260,16 @@ func (s *Server) judge(id string, a *ahead, touched []uint32) ([]uint32, error) 
 		}
 	}
 	size := uint64(s.faults.ClusterSize())
-	r := &pagerv1.Prefetch{ReadBytes: uint64(len(a.order)) * size, UsedBytes: uint64(len(used)) * size, MissedBytes: uint64(missed) * size}
+	r := &pagerv1.Prefetch{
+		ReadBytes: uint64(len(a.order)) * size, UsedBytes: uint64(len(used)) * size,
+		WastedBytes: uint64(len(a.order)-len(used)) * size, MissedBytes: uint64(missed) * size,
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	a.result = r
 	s.totals.aheadRead += r.ReadBytes
 	s.totals.aheadUsed += r.UsedBytes
+	s.totals.aheadWasted += r.WastedBytes
 	s.totals.aheadMissed += r.MissedBytes
 	return used, nil
 }

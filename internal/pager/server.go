@@ -95,12 +95,12 @@ type Server struct {
 }
 
 // totals are counted over all sandboxes: bytes, and disks that began to wait.
-type totals struct{ aheadRead, aheadUsed, aheadMissed, evicted, diskWaits uint64 }
+type totals struct{ aheadRead, aheadUsed, aheadWasted, aheadMissed, evicted, diskWaits uint64 }
 
 func (t totals) message(resident int64, faults uffd.Stats) *pagerv1.Totals {
 	return &pagerv1.Totals{
 		Faults: faults.Faults, FilledBytes: faults.BytesFilled,
-		Prefetch:     &pagerv1.Prefetch{ReadBytes: t.aheadRead, UsedBytes: t.aheadUsed, MissedBytes: t.aheadMissed},
+		Prefetch:     &pagerv1.Prefetch{ReadBytes: t.aheadRead, UsedBytes: t.aheadUsed, WastedBytes: t.aheadWasted, MissedBytes: t.aheadMissed},
 		EvictedBytes: t.evicted, SharedResidentBytes: resident, DiskWaits: t.diskWaits,
 	}
 }

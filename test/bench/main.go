@@ -82,7 +82,7 @@ type part struct {
 
 func (b *bench) parts() []part {
 	return []part{
-		{"boot", b.boot}, {"resume", b.resume}, {"spawn", b.spawn}, {"pause", b.pause},
+		{"boot", b.boot}, {"resume", b.resume}, {"prefetch", b.prefetch}, {"spawn", b.spawn}, {"pause", b.pause},
 		{"clone-memory", b.cloneMemory}, {"saturated-boot", b.saturatedBoot},
 		{"fork", b.fork}, {"adopt", b.adopt}, {"load", b.load}, {"e2b", b.e2b},
 	}

@@ -336,13 +336,18 @@ func (x *Totals) GetDiskWaits() uint64 {
 }
 
 // Prefetch tells how good the reading ahead for cold starts was. Of the bytes
-// read ahead, used were needed and the rest wasted; missed were needed and not
+// read ahead, some were used and the others wasted; missed were needed and not
 // read ahead. Precision is used/read, recall used/(used+missed).
+//
+// It is of starts that had an order and can be judged: not of those that ended
+// within moments, nor of VMs in copy mode, of whose memory nobody can tell which
+// pages they used.
 type Prefetch struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ReadBytes     uint64                 `protobuf:"varint,1,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`
 	UsedBytes     uint64                 `protobuf:"varint,2,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
 	MissedBytes   uint64                 `protobuf:"varint,3,opt,name=missed_bytes,json=missedBytes,proto3" json:"missed_bytes,omitempty"`
+	WastedBytes   uint64                 `protobuf:"varint,4,opt,name=wasted_bytes,json=wastedBytes,proto3" json:"wasted_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -394,6 +399,13 @@ func (x *Prefetch) GetUsedBytes() uint64 {
 func (x *Prefetch) GetMissedBytes() uint64 {
 	if x != nil {
 		return x.MissedBytes
+	}
+	return 0
+}
+
+func (x *Prefetch) GetWastedBytes() uint64 {
+	if x != nil {
+		return x.WastedBytes
 	}
 	return 0
 }
@@ -1484,13 +1496,14 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\x06faults\x18\x04 \x01(\x04R\x06faults\x12!\n" +
 	"\ffilled_bytes\x18\x05 \x01(\x04R\vfilledBytes\x12\x1d\n" +
 	"\n" +
-	"disk_waits\x18\x06 \x01(\x04R\tdiskWaits\"k\n" +
+	"disk_waits\x18\x06 \x01(\x04R\tdiskWaits\"\x8e\x01\n" +
 	"\bPrefetch\x12\x1d\n" +
 	"\n" +
 	"read_bytes\x18\x01 \x01(\x04R\treadBytes\x12\x1d\n" +
 	"\n" +
 	"used_bytes\x18\x02 \x01(\x04R\tusedBytes\x12!\n" +
-	"\fmissed_bytes\x18\x03 \x01(\x04R\vmissedBytes\"\xce\x01\n" +
+	"\fmissed_bytes\x18\x03 \x01(\x04R\vmissedBytes\x12!\n" +
+	"\fwasted_bytes\x18\x04 \x01(\x04R\vwastedBytes\"\xce\x01\n" +
 	"\x14PrepareMemoryRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x19\n" +
