@@ -33,6 +33,7 @@ type capturing struct {
 	ph  *phases
 	own bool // the driver keeps memory to itself
 
+	stopped      bool // the VM was told to stop, or may have been
 	r            *run
 	before       journal
 	txn          *snapshot.Txn
@@ -134,7 +135,10 @@ func (cp *capturing) stopVM(ctx context.Context) error {
 	if err := cp.beforeStop(ctx); err != nil {
 		return err
 	}
-	return wrap("stop the VM", cp.r.machine.Pause(ctx))
+	cp.stopped = true
+	return cp.withRoom(ctx, func(ctx context.Context) error {
+		return wrap("stop the VM", cp.r.machine.Pause(ctx))
+	})
 }
 
 func (cp *capturing) deviceState(ctx context.Context) error {

@@ -107,7 +107,11 @@ func (cp *capturing) captureOwnMemory(ctx context.Context) error {
 		return fmt.Errorf("create the device state: %w", err)
 	}
 	done := cp.ph.part("device_state")
-	f, err := saver.Save(ctx, state, r.wholeMemory)
+	var f *os.File
+	err = cp.withRoom(ctx, func(ctx context.Context) (err error) {
+		f, err = saver.Save(ctx, state, r.wholeMemory)
+		return err
+	})
 	done()
 	if err != nil {
 		return fmt.Errorf("save the device state and the memory: %w", err)

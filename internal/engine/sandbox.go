@@ -45,6 +45,9 @@ type run struct {
 	// wholeMemory: the VMM's list of changed pages cannot be relied on for
 	// the next capture. Guarded by the operation's token.
 	wholeMemory bool
+	// held: a capture stopped the VM and could not let it go on, mostly as its
+	// writes wait for room. Guarded by the operation's token.
+	held bool
 	// ending is closed before we end the VM ourselves, so that its end is
 	// not taken for a failure.
 	ending  chan struct{}

@@ -9,7 +9,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 )
 
-// retryMost bounds the pause between two attempts to tidy up.
+// retryMost bounds the pause between two attempts to tidy up, and waitsEvery the
+// one of a guest that stands still until then.
 const retryMost = time.Minute
 
 // tidySoon has what an operation could not release tried again, beside
@@ -31,7 +32,8 @@ func (e *Engine) tidySoon(sb *sandbox) {
 }
 
 func (e *Engine) tidyUntilDone(sb *sandbox) {
-	for wait := e.opts.RetryAfter; ; wait = min(2*wait, retryMost) {
+	most := retryMost
+	for wait := e.opts.RetryAfter; ; wait = min(2*wait, most) {
 		t := time.NewTimer(wait)
 		select {
 		case <-t.C:
@@ -49,6 +51,10 @@ func (e *Engine) tidyUntilDone(sb *sandbox) {
 		if err == nil {
 			return
 		}
+		if most = retryMost; errors.Is(err, errWaits) { // told by who watches for it
+			most = waitsEvery
+			continue
+		}
 		e.log.Error("what an operation left cannot be cleared yet", "sandbox", sb.id(), "err", err)
 	}
 }
@@ -60,6 +66,8 @@ func (e *Engine) tidy(ctx context.Context, sb *sandbox) error {
 		return nil // gone meanwhile
 	}
 	switch sb.info().State {
+	case Running:
+		return e.goOnWithRoom(ctx, sb)
 	case Stopping:
 		return e.finishDestroy(ctx, sb)
 	case Starting:

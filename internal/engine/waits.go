@@ -2,12 +2,15 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // A guest whose disk finds no room on the host's disk stands still with its
@@ -87,16 +90,90 @@ func (e *Engine) yieldDisk(ctx context.Context, sb *sandbox, yield bool) (waitin
 func (cp *capturing) beforeStop(ctx context.Context) error {
 	waiting, err := cp.e.yieldDisk(ctx, cp.sb, !cp.own)
 	if err == nil && waiting && cp.own {
-		err = fmt.Errorf("%w on the host's disk: writes of the sandbox wait for some; free some space and try again", ErrNoRoom)
+		err = errWaits
 	}
 	return err
 }
 
-// goOn lets the VM run, with writes that wait for room again.
+var errWaits = fmt.Errorf("%w on the host's disk: writes of the sandbox wait for some; free some space and try again", ErrNoRoom)
+
+// roomEvery is how often the pager is asked while a VM that answers nothing as
+// long as its writes wait is being stopped.
+const roomEvery = 250 * time.Millisecond
+
+// withRoom does f, which speaks to the VMM, and gives it up when the VMM cannot
+// answer: one that keeps its memory to itself writes what its guest wrote before
+// it stops, and those writes may wait for room.
+func (cp *capturing) withRoom(ctx context.Context, f func(context.Context) error) error {
+	if !cp.own {
+		return f(ctx)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		tick := time.NewTicker(roomEvery) // the pager calls nobody
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+				if waiting, err := cp.e.yieldDisk(ctx, cp.sb, false); err == nil && waiting {
+					cancel(errWaits)
+				}
+			}
+		}
+	})
+	err := f(ctx)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		err = fmt.Errorf("%w (%w)", cause, err)
+	}
+	cancel(nil)
+	watch.Wait()
+	return err
+}
+
+// goOn lets the VM run, with writes that wait for room again. One that cannot be
+// told so yet is told as soon as its writes have found room.
 func (cp *capturing) goOn(ctx context.Context) error {
-	// A pager that does not answer has died, and the next one has them wait.
-	if _, err := cp.e.yieldDisk(ctx, cp.sb, false); err != nil {
+	waiting, err := cp.e.yieldDisk(ctx, cp.sb, false)
+	if err != nil {
+		// A pager that does not answer has died, and the next one has them wait.
 		cp.e.log.ErrorContext(ctx, "a disk's writes may not wait for room", "sandbox", cp.sb.id(), "err", err)
 	}
-	return cp.r.machine.Continue(ctx)
+	if !cp.stopped {
+		return nil
+	}
+	if !waiting || !cp.own {
+		if err = cp.r.machine.Continue(ctx); err == nil || errors.Is(err, vmm.ErrGone) {
+			return err
+		}
+	} else {
+		err = nil // it was told why already
+	}
+	cp.r.held = true
+	cp.e.tidySoon(cp.sb)
+	return err
+}
+
+// goOnWithRoom lets a VM run that a capture left stopped. The operation's token
+// is held.
+func (e *Engine) goOnWithRoom(ctx context.Context, sb *sandbox) error {
+	r := sb.current()
+	if r == nil || !r.held {
+		return nil
+	}
+	waiting, err := e.yieldDisk(ctx, sb, false)
+	if err != nil {
+		return err
+	}
+	if waiting {
+		return errWaits
+	}
+	if err := r.machine.Continue(ctx); err != nil {
+		return fmt.Errorf("let the VM go on: %w", err)
+	}
+	r.held = false
+	e.setClock(ctx, sb, r)
+	return nil
 }

@@ -33,7 +33,8 @@ func main() {
 	if err := run(); err != nil {
 		fmt.Println("nested init:", err)
 	}
-	unix.Sync()
+	// Without a sync: the disk is thrown away, and what a failed test left of a
+	// block device would have it wait for ever.
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
 
@@ -50,6 +51,7 @@ func run() error {
 	}
 	mount("cgroup2", "/sys/fs/cgroup")
 	_ = os.WriteFile("/proc/sys/vm/unprivileged_userfaultfd", []byte("0"), 0)
+	showStacks()
 	loopback()
 	b, err := os.ReadFile("/plan.json")
 	if err != nil {
@@ -110,6 +112,14 @@ func loadModules() {
 		}
 		f.Close()
 	}
+}
+
+// showStacks makes the kernel tell on its console where a task hangs, not only
+// that it does.
+func showStacks() {
+	_ = os.WriteFile("/proc/sys/kernel/printk", []byte("7"), 0)
+	_ = os.WriteFile("/proc/sys/kernel/hung_task_warnings", []byte("4"), 0)
+	_ = os.WriteFile("/proc/sys/kernel/hung_task_all_cpu_backtrace", []byte("1"), 0)
 }
 
 // enterDisk makes the disk the root, as an initramfs does: jailer's pivot_root
