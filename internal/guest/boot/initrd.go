@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/guest/rootfs"
 )
 
 const (
@@ -46,6 +48,11 @@ func initrd() error {
 		return fmt.Errorf("mounting %s as ext4: %w", rootDisk, err)
 	}
 	t.step("root")
+	if switched, err := rootfs.Switch(newRoot); err != nil {
+		return fmt.Errorf("taking an image's file system as the root: %w", err)
+	} else if switched {
+		t.step("image")
+	}
 	if err := switchRoot(); err != nil {
 		return err
 	}
