@@ -18,6 +18,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/httpapi"
 	"git.omukk.dev/wrenn/sandbox/internal/logctx"
+	"git.omukk.dev/wrenn/sandbox/internal/oci"
 )
 
 // upOptions are the flags of `wrenn up`.
@@ -39,6 +40,8 @@ type upOptions struct {
 	verbose     bool
 	vmmUser     int
 	traffic     trafficOptions
+	registries  registryFlags
+	images      oci.Options // what registries say
 	// published is below what sandboxes' ports have their hosts.
 	published string
 }
@@ -88,6 +91,7 @@ func newUpCmd() *cobra.Command {
 	f.StringVar(&o.dns, "dns", "1.1.1.1,8.8.8.8", "name servers that sandboxes ask")
 	f.IntVar(&o.vmmUser, "vmm-user", defaultVMMUser, "user and group id that VMs' processes run as, on Firecracker the first of many; 0 is root")
 	o.traffic.flags(f)
+	o.registries.flags(f)
 	f.BoolVar(&o.logJSON, "log-json", false, "write the log as JSON")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "log more")
 	return cmd
@@ -115,6 +119,9 @@ func (o *upOptions) check() error {
 		return usagef("--on-exit %q is not known; use leave, pause or destroy", o.onExit)
 	}
 	if err := o.traffic.check(); err != nil {
+		return err
+	}
+	if o.images, err = o.registries.options(); err != nil {
 		return err
 	}
 	if o.compact < 1 {

@@ -11,12 +11,15 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/control"
+	"git.omukk.dev/wrenn/sandbox/internal/oci"
 )
 
 // Options configure a Builder. Store, Sandboxes and Dir are required.
 type Options struct {
 	Store     Store
 	Sandboxes Sandboxes
+	// Images pulls what builds start from; nil pulls from public registries.
+	Images *oci.Puller
 	// Dir keeps uploaded files.
 	Dir string
 	// Limit bounds one build; 0 is an hour.
@@ -70,6 +73,9 @@ func New(ctx context.Context, o Options) (*Builder, error) {
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Images == nil {
+		o.Images = oci.NewPuller(oci.Options{})
 	}
 	files, err := openUploads(o.Dir, o.Now)
 	if err != nil {

@@ -234,8 +234,13 @@ func TestBadBuildsAreRefused(t *testing.T) {
 		return templatebuild.Spec{Steps: []templatebuild.Step{{Type: kind, Args: args, FilesHash: strings.Repeat("0", 64)}}}
 	}
 	for want, s := range map[string]templatebuild.Spec{
-		"fromTemplate":             {FromImage: "ubuntu:24.04"},
-		"fromImageRegistry":        {FromImageRegistry: map[string]any{"type": "aws"}},
+		"no reference to an image": {FromImage: "not an image"},
+		"exclude each other":       {FromImage: "debian", FromTemplate: "base"},
+		"type aws is not done":     {FromImageRegistry: templatebuild.ImageRegistry{Type: "aws"}},
+		"type is missing":          {FromImageRegistry: templatebuild.ImageRegistry{Username: "x"}},
+		`type "x" is not known`:    {FromImageRegistry: templatebuild.ImageRegistry{Type: "x"}},
+		"both a user and a secret": {FromImageRegistry: templatebuild.ImageRegistry{Type: "registry", Username: "x"}},
+		"type gcp wants":           {FromImageRegistry: templatebuild.ImageRegistry{Type: "gcp"}},
 		"no name of a template":    {FromTemplate: "../x"},
 		"wants a command":          step("RUN"),
 		"no user's name":           step("RUN", "x", "a b"),

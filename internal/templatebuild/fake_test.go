@@ -25,6 +25,7 @@ type fake struct {
 	sandboxes map[string]*machine
 	snapshots map[string]bool
 	ran       []string
+	layers    []string          // of images, that came whole
 	files     map[string]string // what was written, by path
 	failOn    string            // an operation that fails
 	hung      chan struct{}     // closed when a hang began
@@ -100,10 +101,17 @@ func (f *fake) Exec(_ context.Context, id string, r control.ExecRequest) (contro
 type command struct {
 	events chan control.ExecEvent
 	gone   chan struct{}
+	// input, where not nil, is told of what is sent, and ends the command.
+	input func(control.ExecInput)
 }
 
-func (c *command) Send(control.ExecInput) error { return nil }
-func (c *command) Close()                       {}
+func (c *command) Send(in control.ExecInput) error {
+	if c.input != nil {
+		c.input(in)
+	}
+	return nil
+}
+func (c *command) Close() {}
 func (c *command) Recv() (control.ExecEvent, error) {
 	select {
 	case e, ok := <-c.events:
@@ -124,6 +132,9 @@ func (f *fake) Start(_ context.Context, id string, r control.ExecRequest) (templ
 		return nil, notFound(id)
 	}
 	line := r.Args[len(r.Args)-1]
+	if line == "unpack-layer" {
+		return f.unpack(m, r), nil
+	}
 	f.ran = append(f.ran, strings.TrimPrefix(r.User+": "+line, ": "))
 	c := &command{events: make(chan control.ExecEvent, 100000), gone: m.gone}
 	say := func(text string) {
@@ -146,6 +157,44 @@ func (f *fake) Start(_ context.Context, id string, r control.ExecRequest) (templ
 	}
 	c.events <- control.ExecEvent{Kind: control.EventExit, ExitCode: code}
 	return c, f.enter("start")
+}
+
+// unpack takes a layer; one that begins with "bad" fails at once.
+func (f *fake) unpack(m *machine, r control.ExecRequest) *command {
+	c := &command{events: make(chan control.ExecEvent, 2), gone: m.gone}
+	var layer bytes.Buffer
+	over := false
+	end := func(code int32) {
+		over = true
+		c.events <- control.ExecEvent{Kind: control.EventExit, ExitCode: code}
+	}
+	c.input = func(in control.ExecInput) {
+		if over {
+			return
+		}
+		layer.Write(in.Stdin)
+		if bytes.HasPrefix(layer.Bytes(), []byte("bad")) {
+			c.events <- control.ExecEvent{Kind: control.EventStderr, Data: []byte("it is bad\n")}
+			end(1)
+		}
+		if in.CloseStdin && !over {
+			f.mu.Lock()
+			f.layers = append(f.layers, layer.String())
+			f.mu.Unlock()
+			end(0)
+		}
+	}
+	return c
+}
+
+func (f *fake) Reboot(_ context.Context, id string, _ int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.sandboxes[id] == nil {
+		return notFound(id)
+	}
+	f.ran = append(f.ran, "(reboot)")
+	return f.enter("reboot")
 }
 
 func (f *fake) ReadFile(context.Context, string, control.FileRef) (control.FileEntry, io.ReadCloser, error) {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/control"
+	"git.omukk.dev/wrenn/sandbox/internal/oci"
 )
 
 // stepError is a failure with the step it belongs to.
@@ -69,17 +70,24 @@ func (b *Builder) reason(x Build, err error) string {
 
 // run does a build's work: a sandbox, the steps, the start command, a snapshot.
 func (b *Builder) run(ctx context.Context, x Build, s Spec, log *buildLog) error {
-	from, warning, err := s.base()
+	log.setStep("base")
+	from, err := s.source()
 	if err != nil {
 		return &stepError{"base", err}
 	}
-	log.setStep("base")
-	if warning != "" {
-		log.say("warn", "%s", warning)
+	var im *oci.Image
+	if from.image != nil {
+		log.say("info", "Pulling %s", from.image)
+		if im, err = b.resolve(ctx, from); err != nil {
+			return &stepError{"base", err}
+		}
+		from.template = control.DefaultTemplate
+		log.say("info", "FROM %s (%d layers, %d MiB)", im.Name, im.Layers(), im.Size>>20)
+	} else {
+		log.say("info", "FROM %s", from.template)
 	}
-	log.say("info", "FROM %s", from)
-	p := control.CreateParams{Template: from, Metadata: map[string]string{buildKey: x.ID},
-		TimeoutSec: int64(b.opt.Limit/time.Second) + 60}
+	p := control.CreateParams{Template: from.template, Metadata: map[string]string{buildKey: x.ID},
+		TimeoutSec: b.sandboxLimit()}
 	if x.VCPUs != 0 {
 		p.VCPUs = &x.VCPUs
 	}
@@ -94,7 +102,12 @@ func (b *Builder) run(ctx context.Context, x Build, s Spec, log *buildLog) error
 	// sandbox every call into it ends.
 	defer context.AfterFunc(ctx, func() { b.removeSandboxes(context.WithoutCancel(ctx), x.ID) })()
 	w := &worker{b: b, id: sb.ID, template: x.Template, log: log}
-	if err := w.loadDefaults(ctx); err != nil {
+	if im != nil {
+		err = w.takeImage(ctx, im)
+	} else {
+		err = w.loadDefaults(ctx)
+	}
+	if err != nil {
 		return &stepError{"base", err}
 	}
 	for i, st := range s.Steps {
@@ -110,6 +123,9 @@ func (b *Builder) run(ctx context.Context, x Build, s Spec, log *buildLog) error
 	}
 	return nil
 }
+
+// sandboxLimit is the time limit of a build's sandbox, in seconds.
+func (b *Builder) sandboxLimit() int64 { return int64(b.opt.Limit/time.Second) + 60 }
 
 // finalize starts the template's own process, waits until it is ready, and
 // freezes the sandbox with it.

@@ -6,17 +6,28 @@ import (
 	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/control"
+	"git.omukk.dev/wrenn/sandbox/internal/oci"
 )
 
 // Spec is what to build, as the SDKs send it.
 type Spec struct {
-	FromImage         string         `json:"fromImage"`
-	FromTemplate      string         `json:"fromTemplate"`
-	FromImageRegistry map[string]any `json:"fromImageRegistry"`
-	Force             bool           `json:"force"`
-	Steps             []Step         `json:"steps"`
-	StartCmd          string         `json:"startCmd"`
-	ReadyCmd          string         `json:"readyCmd"`
+	FromImage         string        `json:"fromImage"`
+	FromTemplate      string        `json:"fromTemplate"`
+	FromImageRegistry ImageRegistry `json:"fromImageRegistry"`
+	Force             bool          `json:"force"`
+	Steps             []Step        `json:"steps"`
+	StartCmd          string        `json:"startCmd"`
+	ReadyCmd          string        `json:"readyCmd"`
+}
+
+// ImageRegistry are credentials for the image's registry, in one of three forms.
+type ImageRegistry struct {
+	Type string `json:"type"` // registry, gcp or aws
+	// Of registry.
+	Username string `json:"username"`
+	Password string `json:"password"`
+	// Of gcp.
+	ServiceAccountJSON string `json:"serviceAccountJson"`
 }
 
 // Step is one instruction: RUN [command, user], COPY [source, destination,
@@ -94,7 +105,7 @@ func (s Spec) check() error {
 			return control.Invalid("steps", "number %d: %v", i+1, err.Message)
 		}
 	}
-	_, _, err := s.base()
+	_, err := s.source()
 	return err
 }
 
@@ -154,31 +165,64 @@ func (s Step) check() *control.Error {
 	return nil
 }
 
-// images are those in whose place base stands: it is Debian 12 with Python 3.11,
-// git and curl. Pulling others needs a registry.
-var images = map[string]bool{
-	"": true, "e2bdev/base": true, "debian": true, "python": true,
-	"debian:12": true, "debian:12-slim": true, "debian:bookworm": true, "debian:bookworm-slim": true,
-	"python:3": true, "python:3-slim": true, "python:3.11": true, "python:3.11-slim": true,
-	"python:3.11-bookworm": true, "python:3.11-slim-bookworm": true,
+// source is what a build starts from: a template, or an image.
+type source struct {
+	template    string
+	image       *oci.Reference
+	credentials oci.Credentials
 }
 
-// base gives what the build starts from, and a warning where that is not quite
-// what was asked for.
-func (s Spec) base() (from, warning string, err error) {
-	if len(s.FromImageRegistry) > 0 {
-		return "", "", control.Invalid("fromImageRegistry", "images cannot be pulled here; use fromTemplate with a template or snapshot of this server (base is Debian 12 with Python 3.11), and install the rest with RUN")
+// ownBase is the image that the SDKs name for E2B's own base, which is not
+// pulled: base is ours.
+const ownBase = "docker.io/e2bdev/base:latest"
+
+func (s Spec) source() (source, error) {
+	c, err := s.FromImageRegistry.credentials()
+	if err != nil {
+		return source{}, err
 	}
-	if s.FromTemplate != "" {
-		return s.FromTemplate, "", nil
+	switch {
+	case s.FromTemplate != "" && s.FromImage != "":
+		return source{}, control.Invalid("fromImage", "and fromTemplate exclude each other")
+	case s.FromTemplate != "":
+		return source{template: s.FromTemplate}, nil
+	case s.FromImage == "":
+		return source{template: control.DefaultTemplate}, nil
 	}
-	image := strings.TrimPrefix(strings.TrimPrefix(s.FromImage, "docker.io/"), "library/")
-	image = strings.TrimSuffix(image, ":latest")
-	if !images[image] {
-		return "", "", control.Invalid("fromImage", "%.80q cannot be pulled here; what works: fromTemplate with a template or snapshot of this server, or the images debian:12 and python:3.11, in whose place the template base stands (Debian 12, Python 3.11, git, curl); install the rest with RUN", s.FromImage)
+	ref, err := oci.ParseReference(s.FromImage)
+	if err != nil {
+		return source{}, control.Invalid("fromImage", "%v", err)
 	}
-	if image != "" && image != "e2bdev/base" {
-		warning = "the template base (Debian 12, Python 3.11) stands in for the image " + s.FromImage
+	if ref.String() == ownBase {
+		return source{template: control.DefaultTemplate}, nil
 	}
-	return control.DefaultTemplate, warning, nil
+	return source{image: &ref, credentials: c}, nil
+}
+
+const maxSecret = 64 << 10
+
+func (r ImageRegistry) credentials() (c oci.Credentials, err error) {
+	switch r.Type {
+	case "":
+		if r != (ImageRegistry{}) {
+			return c, control.Invalid("fromImageRegistry", "type is missing; there are registry and gcp")
+		}
+		return c, nil
+	case "registry":
+		c = oci.Credentials{Username: r.Username, Password: r.Password}
+	case "gcp":
+		// Google's registries take a service account's key as a password.
+		c = oci.Credentials{Username: "_json_key", Password: r.ServiceAccountJSON}
+	case "aws":
+		return c, control.Invalid("fromImageRegistry", "type aws is not done here: give the username AWS and, as password, what `aws ecr get-login-password` prints")
+	default:
+		return c, control.Invalid("fromImageRegistry", "type %.40q is not known; there are registry and gcp", r.Type)
+	}
+	if c.Username == "" || c.Password == "" {
+		return c, control.Invalid("fromImageRegistry", "type %s wants both a user and a secret", r.Type)
+	}
+	if len(c.Username)+len(c.Password) > maxSecret {
+		return c, control.Invalid("fromImageRegistry", "must have at most %d bytes", maxSecret)
+	}
+	return c, nil
 }

@@ -83,6 +83,8 @@ type Sandboxes interface {
 	List(ctx context.Context, f control.SandboxFilter) ([]control.Sandbox, error)
 	Exec(ctx context.Context, id string, r control.ExecRequest) (control.ExecResult, error)
 	Start(ctx context.Context, id string, r control.ExecRequest) (Command, error)
+	// Reboot starts the sandbox again from its disk alone.
+	Reboot(ctx context.Context, id string, timeoutSec int64) error
 	ReadFile(ctx context.Context, id string, f control.FileRef) (control.FileEntry, io.ReadCloser, error)
 	WriteFile(ctx context.Context, id string, f control.FileRef, mode uint32, r io.Reader) (control.FileEntry, error)
 	CreateSnapshot(ctx context.Context, sandboxID, name string) (control.Template, error)
@@ -108,4 +110,12 @@ func (s service) Start(ctx context.Context, id string, r control.ExecRequest) (C
 		return nil, err
 	}
 	return x, nil
+}
+
+func (s service) Reboot(ctx context.Context, id string, timeoutSec int64) error {
+	if _, err := s.PauseDisk(ctx, id); err != nil {
+		return err
+	}
+	_, _, err := s.Connect(ctx, id, control.ConnectParams{TimeoutSec: timeoutSec, Reboot: true})
+	return err
 }

@@ -89,7 +89,7 @@ check('javascript_bad_builds_are_refused_by_name', async () => {
   const refused = async (t, what, name = 'js-refused', o = {}) =>
     assert.match((await raises(BuildError, Template.build(t, name, o))).message, what)
   const ok = () => Template().fromBaseImage()
-  await refused(Template().fromImage('alpine:3'), /fromImage/)
+  await refused(Template().fromImage('localhost:1/x'), /fromImage/)
   await refused(Template().fromTemplate('no-such').runCmd('true'), /no-such/)
   await refused(ok(), /name/, 'Not A Name')
   await refused(ok(), /tags/, 'js-refused', { tags: ['not a tag'] })

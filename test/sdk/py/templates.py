@@ -188,8 +188,8 @@ def bad_input_is_refused_by_name():
         return raises(BuildException, lambda: Template.build(t, name, **o))
 
     ok = Template().from_base_image()
-    assert "fromImage" in str(build(Template().from_image("alpine:3"))), "an image that cannot be had"
-    assert "fromImageRegistry" in str(build(Template().from_image("x/y", username="u", password="p")))
+    assert "fromImage" in str(build(Template().from_image("localhost:1/x"))), "an image that cannot be had"
+    assert "fromImageRegistry" in str(build(Template().from_aws_registry("x/y", access_key_id="u", secret_access_key="p", region="r")))
     assert "no-such" in str(build(Template().from_template("no-such").run_cmd("true")))
     assert "name" in str(build(ok, "Not A Name"))
     assert "tags" in str(build(ok, "refused", tags=["not a tag"]))
@@ -208,11 +208,9 @@ def bad_input_is_refused_by_name():
 @check
 def a_dockerfile():
     t = Template(file_context_path=ctx).from_dockerfile(
-        'FROM debian:12\nENV A="one two" B=2\nWORKDIR /work\nCOPY --chown=user:user a.conf ./copied\n'
+        'FROM e2bdev/base\nENV A="one two" B=2\nWORKDIR /work\nCOPY --chown=user:user a.conf ./copied\n'
         "RUN <<END\necho \"$A\" > out\nid -un >> out\nEND\nRUN [\"sh\", \"-c\", \"echo exec >> out\"]\n")
-    logs = []
-    Template.build(t, "by-dockerfile", on_build_logs=logs.append, skip_cache=True)
-    assert any(m.level == "warn" and "debian:12" in m.message for m in logs), "what stands in for the image is said"
+    Template.build(t, "by-dockerfile", skip_cache=True)
     box = Sandbox.create("by-dockerfile", timeout=300)
     try:
         assert box.commands.run("cat /work/out /work/copied; stat -c %U /work/copied; echo $A $B").stdout == (
@@ -238,7 +236,7 @@ async def asynchronous_builds():
     assert sorted(t.tag for t in await AsyncTemplate.get_tags("async-one")) == ["default", "x"]
     await AsyncTemplate.remove_tags("async-one", "x")
     try:
-        await AsyncTemplate.build(AsyncTemplate().from_image("fedora:44"), "async-three")
+        await AsyncTemplate.build(AsyncTemplate().from_image("localhost:1/x"), "async-three")
         raise AssertionError("an image that cannot be had was taken")
     except BuildException as e:
         assert "fromImage" in str(e), e
