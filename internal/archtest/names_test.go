@@ -35,6 +35,40 @@ func TestDocumentsNameTestsThatExist(t *testing.T) {
 	}
 }
 
+// The same of the checks that test/sdk's scripts make.
+func TestTheSpecificationNamesChecksThatExist(t *testing.T) {
+	spec, err := os.ReadFile("../../SPECIFICATION.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var scripts []byte
+	for _, pattern := range []string{"../../test/sdk/py/*.py", "../../test/sdk/js/*.mjs"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%s: %v, %v", pattern, files, err)
+		}
+		for _, f := range files {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			scripts = append(scripts, b...)
+		}
+	}
+	found := 0
+	for _, cell := range regexp.MustCompile("test/sdk(?:,? `[A-Za-z_0-9]+`)+").FindAllString(string(spec), -1) {
+		for _, n := range regexp.MustCompile("`([a-z_0-9]+)`").FindAllStringSubmatch(cell, -1) {
+			found++
+			if !regexp.MustCompile(`(?m)^(?:async )?def ` + n[1] + `\(`).Match(scripts) {
+				t.Errorf("SPECIFICATION.md names the check %s, which does not exist", n[1])
+			}
+		}
+	}
+	if found < 10 {
+		t.Errorf("SPECIFICATION.md names %d checks; is the form of it another now?", found)
+	}
+}
+
 // testNames finds the functions that go test runs, in all files, whatever
 // system they are for.
 func testNames(t *testing.T, root string) map[string]bool {
