@@ -38,43 +38,39 @@ func (s *Service) tellWaiting(ctx context.Context, e HostEvent) {
 	}
 	s.waitingMu.Lock()
 	defer s.waitingMu.Unlock()
+	s.recallWaiting(ctx)
 	if e.Removed {
 		delete(s.waiting, id)
 		return
 	}
-	was, known := s.waiting[id]
-	if !known { // by this process; an earlier one may have told of it
-		was = s.toldWaiting(ctx, id)
-	}
-	s.waiting[id] = why
+	was := s.waiting[id]
 	switch {
 	case why == was:
+		return
 	case why != "":
+		s.waiting[id] = why
 		s.note(ctx, Event{SandboxID: id, Type: EventWait, Error: why})
 	default:
+		delete(s.waiting, id)
 		s.note(ctx, Event{SandboxID: id, Type: EventGoOn, Detail: was}) // a full disk may not have taken the first event
 	}
 }
 
-// toldWaiting is what a sandbox's log says of its standing still.
-func (s *Service) toldWaiting(ctx context.Context, id string) (why string) {
-	const page = 500
-	for after := int64(0); ; {
-		events, err := s.store.ListEvents(ctx, id, after, page)
-		if err != nil {
-			s.log.WarnContext(ctx, "read what was told of a sandbox", "sandbox", id, "err", err)
-			return ""
-		}
-		for _, e := range events {
-			switch after = e.Seq; e.Type {
-			case EventWait:
-				why = e.Error
-			case EventGoOn:
-				why = ""
-			}
-		}
-		if len(events) < page {
-			return why
+// recallWaiting takes in, once, what an earlier process told of sandboxes that
+// stand still. waitingMu is held.
+func (s *Service) recallWaiting(ctx context.Context) {
+	if s.recalled {
+		return
+	}
+	told, err := s.store.ListWaits(ctx)
+	if err != nil {
+		s.log.WarnContext(ctx, "read which sandboxes stood still; trying again with the next report", "err", err)
+		return
+	}
+	s.recalled = true
+	for _, e := range told {
+		if _, known := s.waiting[e.SandboxID]; !known {
+			s.waiting[e.SandboxID] = e.Error
 		}
 	}
 }

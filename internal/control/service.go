@@ -60,9 +60,11 @@ type Service struct {
 	// that was read beside one is not taken for the present.
 	snapshots atomic.Int64
 
-	// waiting says why sandboxes stand still, or that they do not, as noted last.
+	// waiting says why sandboxes stand still, as noted last; recalled, by an
+	// earlier process too.
 	waitingMu sync.Mutex
 	waiting   map[string]string
+	recalled  bool
 
 	// kick asks for a look at the host.
 	kick chan struct{}

@@ -41,6 +41,9 @@ type Store interface {
 	AddEvent(ctx context.Context, e Event) error
 	// ListEvents gives those after seq, oldest first, at most limit.
 	ListEvents(ctx context.Context, sandboxID string, after int64, limit int) ([]Event, error)
+	// ListWaits gives, of each sandbox that stands still by its log, the newest
+	// EventWait: no EventGoOn comes after it.
+	ListWaits(ctx context.Context) ([]Event, error)
 
 	// ClaimAnswer keeps a for a request that may be sent again. When there is
 	// one of the same scope and name already, it gives that and ErrExists.

@@ -43,6 +43,15 @@ func (d *DB) ListEvents(ctx context.Context, sandboxID string, after int64, limi
 		FROM events WHERE sandbox_id = $1 AND seq > $2 ORDER BY seq LIMIT $3`, args{sandboxID, after, limit}, scanEvent)
 }
 
+// ListWaits implements control.Store. The types stand in it as they do in the
+// index that it goes by.
+func (d *DB) ListWaits(ctx context.Context) ([]control.Event, error) {
+	return list(ctx, d, `SELECT sandbox_id, seq, at, type, status, duration_us, detail, error, request_id
+		FROM events AS e WHERE type = 'wait' AND seq = (
+			SELECT MAX(seq) FROM events WHERE sandbox_id = e.sandbox_id AND type IN ('wait', 'go_on'))
+		ORDER BY sandbox_id`, nil, scanEvent)
+}
+
 func scanEvent(row scanner) (control.Event, error) {
 	var e control.Event
 	var at, took int64

@@ -49,6 +49,38 @@ func events(t *testing.T, s control.Store) {
 	}
 }
 
+func waits(t *testing.T, s control.Store) {
+	ctx := t.Context()
+	note := func(id string, typ control.EventType, why string) {
+		t.Helper()
+		must(t, s.AddEvent(ctx, control.Event{SandboxID: id, At: base, Type: typ, Status: control.StatusRunning, Error: why}))
+	}
+	for _, id := range []string{"on", "off", "again", "never", "gone"} {
+		must(t, s.CreateSandbox(ctx, sample(id)))
+		note(id, control.EventCreate, "")
+	}
+	got, err := s.ListWaits(ctx)
+	must(t, err)
+	if len(got) != 0 {
+		t.Fatalf("of logs without one: %+v", got)
+	}
+	for _, id := range []string{"on", "off", "again", "gone"} {
+		note(id, control.EventWait, "first")
+	}
+	note("off", control.EventGoOn, "")
+	note("again", control.EventGoOn, "")
+	note("again", control.EventWait, "second")
+	note("on", control.EventPause, "failed") // says nothing of it
+	must(t, s.DeleteSandbox(ctx, "gone", 1))
+	got, err = s.ListWaits(ctx)
+	must(t, err)
+	wait := control.Event{At: base, Type: control.EventWait, Status: control.StatusRunning}
+	again, on := wait, wait
+	again.SandboxID, again.Seq, again.Error = "again", 4, "second"
+	on.SandboxID, on.Seq, on.Error = "on", 2, "first"
+	same(t, got, []control.Event{again, on})
+}
+
 func eventsAreBounded(t *testing.T, s control.Store) {
 	ctx := t.Context()
 	must(t, s.CreateSandbox(ctx, sample("a1")))

@@ -30,6 +30,7 @@ func Run(t *testing.T, open func(*testing.T) control.Store) {
 		"APIKeys":               apiKeys,
 		"Events":                events,
 		"EventsAreBounded":      eventsAreBounded,
+		"Waits":                 waits,
 		"EventsAtOnce":          eventsAtOnce,
 		"Answers":               answers,
 		"EndedContext":          endedContext,
