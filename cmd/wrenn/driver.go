@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"git.omukk.dev/wrenn/sandbox/internal/engine"
 	"git.omukk.dev/wrenn/sandbox/internal/kernelnbd"
@@ -25,6 +26,17 @@ const (
 	driverQEMU        = "qemu"
 	driverFirecracker = "firecracker"
 )
+
+// lookEarly begins to find out what takes time and needs nothing else: a server
+// that takes over what runs is waited for. What asks later has what was found.
+func (s *stack) lookEarly(ctx context.Context, driver string) {
+	s.findQEMU = sync.OnceValues(func() (qemu.Found, error) { return qemu.Find(ctx, "") })
+	if driver == driverFirecracker {
+		return
+	}
+	go s.findQEMU()
+	go vmm.HostTSCKHz(ctx)
+}
 
 // chooseDriver finds what runs VMs, and the user that it runs as. Where that is
 // Firecracker, the base's kernel becomes the one that it boots.
@@ -121,7 +133,11 @@ func (s *stack) qemuDriver(ctx context.Context, o upOptions, base template.Resul
 		s.log.Warn("VMs' processes run as root: another user cannot pass through "+closed, "remedy", "chmod o+x "+closed+", or another --dir")
 		user = 0
 	}
-	qo := qemu.Options{ProbeKernel: base.Kernel, ProbeCache: kvmVerdict(o.dir), Logger: s.log}
+	found, err := s.findQEMU()
+	if err != nil {
+		return nil, 0, fmt.Errorf("find out what runs VMs here: %w", err)
+	}
+	qo := qemu.Options{Found: &found, ProbeKernel: base.Kernel, ProbeCache: kvmVerdict(o.dir), Logger: s.log}
 	// Asked as root: an unprivileged user that may not open /dev/kvm must not
 	// be taken for a host without it. The answer is remembered.
 	info, err := qemu.New(qo).Probe(ctx)

@@ -29,6 +29,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/pager"
 	"git.omukk.dev/wrenn/sandbox/internal/store"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 )
 
@@ -43,6 +44,8 @@ type stack struct {
 	keeper  *pager.Keeper
 	metrics *httpapi.Metrics
 	closers []func() error
+	// findQEMU looks once.
+	findQEMU func() (qemu.Found, error)
 }
 
 func (s *stack) push(f func() error) { s.closers = append(s.closers, f) }
@@ -58,6 +61,7 @@ func newStack(ctx context.Context, o upOptions, log *slog.Logger, w io.Writer) (
 	if err := s.lockDir(o.dir); err != nil {
 		return nil, err
 	}
+	s.lookEarly(ctx, o.driver)
 	base, err := buildTemplate(ctx, o.dir, log, w)
 	if err != nil {
 		return nil, err

@@ -74,7 +74,9 @@ func (e *Engine) capture(ctx context.Context, op Op, cp *capturing, steps []step
 	if cp.txn, err = e.opts.Store.Begin(); err != nil {
 		return fmt.Errorf("begin a manifest: %w", err)
 	}
-	cp.r, cp.before = cp.sb.current(), cp.sb.journal()
+	cp.r = cp.sb.current()
+	cp.r.telling.stop()
+	cp.before = cp.sb.journal()
 	if err = e.perform(ctx, op, cp.ph, steps); err != nil {
 		return errors.Join(err, cp.undo(context.WithoutCancel(ctx)))
 	}
@@ -95,6 +97,7 @@ func (cp *capturing) undo(ctx context.Context) error {
 			*j = cp.before
 			run := *cp.before.Run
 			run.ChangesLost = run.ChangesLost || cp.own
+			run.ClockBehind = run.ClockBehind || cp.stopped
 			j.Run = &run
 		})
 	}
@@ -108,13 +111,18 @@ func (cp *capturing) undo(ctx context.Context) error {
 	if err := cp.e.opts.Store.Delete(ctx, cp.txn.ID()); err != nil && !errors.Is(err, snapshot.ErrNotFound) {
 		errs = append(errs, err)
 	}
-	return errors.Join(append(errs, back(), cp.goOn(ctx))...)
+	errs = append(errs, back(), cp.goOn(ctx))
+	if cp.stopped && !cp.r.held {
+		cp.e.setClockSoon(cp.sb, cp.r) // who waits for the refusal does not wait for a guest
+	}
+	return errors.Join(errs...)
 }
 
 func (cp *capturing) recordPending(context.Context) error {
 	cp.r.wholeMemory = cp.before.Run.ChangesLost
 	return cp.sb.update(func(j *journal) {
 		j.Pending, j.Run.ChangesLost = cp.txn.ID(), cp.own // until it is committed
+		j.Run.ClockBehind = true                           // from the stop on
 		if cp.m.Kind == snapshot.KindPause {
 			j.State = Pausing
 		}
@@ -192,16 +200,6 @@ func (cp *capturing) letGoOn(ctx context.Context) error { return cp.goOn(ctx) }
 func (cp *capturing) setClock(ctx context.Context) error {
 	cp.e.setClock(ctx, cp.sb, cp.r)
 	return nil
-}
-
-// setClock is for a guest that stood still. It is the same individual in the
-// same life, so nothing else changes.
-func (e *Engine) setClock(ctx context.Context, sb *sandbox, r *run) {
-	ctx, cancel := context.WithTimeout(ctx, guestSyncLimit)
-	defer cancel()
-	if _, err := r.guest.confirm(ctx, r.machine.Done(), e.initRequest(sb, sb.journal().Run.Life, false), e.opts.Now); err != nil {
-		e.log.WarnContext(ctx, "a guest that stood still does not answer yet; its clock may be behind", "sandbox", sb.id(), "err", err)
-	}
 }
 
 // captureMemory writes the pages that differ from the newest capture.

@@ -137,6 +137,8 @@ type Engine struct {
 	watchers  map[chan Event]bool
 	tidying   map[*sandbox]bool
 	starting  map[*sandbox]bool // admitted, and not in the state yet
+
+	clocks chan struct{} // one for each guest that is being told the time beside everything else
 }
 
 // Base is a template that boots.
@@ -210,6 +212,7 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 		watchers:  map[chan Event]bool{},
 		tidying:   map[*sandbox]bool{},
 		starting:  map[*sandbox]bool{},
+		clocks:    make(chan struct{}, clocksAtOnce),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	if err := e.loadNames(); err != nil {

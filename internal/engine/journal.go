@@ -68,6 +68,9 @@ type runRecord struct {
 	// ChangesLost: a capture began a new list of changed pages in the VMM and
 	// was not committed; the next one needs all of the memory.
 	ChangesLost bool `json:"changes_lost,omitempty"`
+	// ClockBehind: the VM stood still, or is about to, and its guest has not been
+	// told the time since.
+	ClockBehind bool `json:"clock_behind,omitempty"`
 	// WholeImage: the VM may map a file with the whole of MemoryImage, which
 	// takes RAM beside its own.
 	WholeImage bool `json:"whole_image,omitempty"`

@@ -46,7 +46,7 @@ func (e *Engine) recover(ctx context.Context) error {
 	all := slices.Collect(maps.Values(e.sandboxes))
 	e.mu.Unlock()
 	var g errgroup.Group
-	g.SetLimit(8)
+	g.SetLimit(16) // they mostly wait for others
 	for _, sb := range all {
 		g.Go(func() error {
 			if err := e.recoverOne(ctx, sb); err != nil {
@@ -159,7 +159,7 @@ func (e *Engine) takeOver(ctx context.Context, sb *sandbox) error {
 	}
 	err := e.perform(ctx, OpAdopt, e.newPhases(), ad.steps())
 	if err == nil {
-		ad.own(ctx)
+		ad.own()
 		return nil
 	}
 	if ad.machine != nil || ad.slot != nil {
@@ -270,20 +270,24 @@ func (ad *adopting) letRun(ctx context.Context) error {
 func (ad *adopting) recordRunning(ctx context.Context) error {
 	sb := ad.sb
 	if j := sb.journal(); j.State != Running || j.Error != "" || !j.Pending.IsZero() {
-		if err := sb.update(func(j *journal) { j.State, j.Error, j.Pending = Running, "", format.ID{} }); err != nil {
-			return err
-		}
+		return sb.update(func(j *journal) {
+			// An older program did not write that the VM stood still.
+			j.Run.ClockBehind = j.Run.ClockBehind || !j.Pending.IsZero()
+			j.State, j.Error, j.Pending = Running, "", format.ID{}
+		})
 	}
 	return nil
 }
 
 // own gives the sandbox its run.
-func (ad *adopting) own(ctx context.Context) {
+func (ad *adopting) own() {
 	r := ad.run(newGuest(ad.slot, ad.sb.journal().AccessToken))
 	ad.sb.setRun(r)
 	ad.sb.unadopted = false
 	ad.e.watchMachine(ad.sb, r)
-	ad.e.setClock(ctx, ad.sb, r) // it may have stood still
+	if ad.sb.journal().Run.ClockBehind {
+		ad.e.setClockSoon(ad.sb, r)
+	}
 }
 
 // releaseStrangers ends the pager's service for sandboxes that have no run, and

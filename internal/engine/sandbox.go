@@ -53,12 +53,17 @@ type run struct {
 	ending  chan struct{}
 	endOnce sync.Once
 	watch   sync.WaitGroup
+	telling telling
 }
 
-func (r *run) end() { r.endOnce.Do(func() { close(r.ending) }) }
+func (r *run) end() {
+	r.endOnce.Do(func() { close(r.ending) })
+	r.telling.stop()
+}
 
 // letGo drops our handles and leaves the VM running.
 func (r *run) letGo() {
+	r.telling.stop()
 	if r.guest != nil {
 		r.guest.close()
 	}

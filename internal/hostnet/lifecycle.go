@@ -208,6 +208,9 @@ func (p *Pool) Sweep(ctx context.Context, keep ...int) error {
 		delete(p.pending, n)
 		p.freed(n, err)
 	}
+	if p.timer == nil { // which ends the rest after a failed build
+		p.resting = false
+	}
 	p.schedule()
 	p.mu.Unlock()
 	if err != nil {

@@ -72,7 +72,7 @@ type Pool struct {
 	building int
 	waiters  []chan result // capacity 1 each
 	backoff  time.Duration // before the stock is filled again, after a failed build
-	resting  bool          // timer runs; only builds that somebody waits for
+	resting  bool          // timer runs, or Sweep is to come; only builds that somebody waits for
 	timer    *time.Timer
 }
 
@@ -82,7 +82,8 @@ type result struct {
 }
 
 // NewPool takes possession of StateDir's slots and starts to prepare new ones.
-// Slots of an earlier process stay as they are until Adopt or Sweep.
+// Slots of an earlier process stay as they are until Adopt or Sweep; where there
+// are any, the stock is filled after Sweep.
 func NewPool(ctx context.Context, o Options) (_ *Pool, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, context.Cause(ctx)
@@ -108,6 +109,9 @@ func NewPool(ctx context.Context, o Options) (_ *Pool, err error) {
 		return nil, fmt.Errorf("network pool: %w", err)
 	}
 	p.mu.Lock()
+	// Sandboxes that live on are waited for, and get their slots before the stock
+	// is filled.
+	p.resting = len(p.orphans) > 0
 	p.schedule()
 	p.mu.Unlock()
 	return p, nil

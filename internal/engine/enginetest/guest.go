@@ -23,6 +23,8 @@ type guests struct {
 	// trusts counts how often a sandbox was given the certificate.
 	trusts map[string]int
 	refuse bool
+	// before is called before a guest confirms its identity.
+	before func(ctx context.Context, sandbox string)
 }
 
 type sandboxKey struct{}
@@ -118,6 +120,12 @@ func (g *guests) init(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	g.mu.Lock()
+	before := g.before
+	g.mu.Unlock()
+	if before != nil {
+		before(r.Context(), SandboxOf(r))
+	}
+	g.mu.Lock()
 	g.lives[SandboxOf(r)] = req.Generation
 	g.mu.Unlock()
 	_ = json.NewEncoder(w).Encode(map[string]any{
@@ -152,6 +160,14 @@ func (h *Host) RefuseTrust(yes bool) {
 	h.guests.mu.Lock()
 	defer h.guests.mu.Unlock()
 	h.guests.refuse = yes
+}
+
+// BeforeInit has f called whenever a guest is asked who it is, or told the time,
+// and waited for; its context ends with the question.
+func (h *Host) BeforeInit(f func(ctx context.Context, sandbox string)) {
+	h.guests.mu.Lock()
+	defer h.guests.mu.Unlock()
+	h.guests.before = f
 }
 
 // Life returns the life that a guest confirmed last.

@@ -18,6 +18,7 @@ package qemu
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,6 +47,8 @@ const cpuTCG = "Westmere-v1,+rdrand,+fsgsbase,+arat"
 // Info.CPUFlagsDigest says which that is.
 const cpuKVM = "host,migratable=on"
 
+const defaultBinary = "qemu-system-x86_64"
+
 // Accelerator choices of Options.Accel.
 const (
 	AccelAuto = "auto"
@@ -58,6 +61,8 @@ const (
 type Options struct {
 	// Binary is the path or name of QEMU; empty: qemu-system-x86_64.
 	Binary string
+	// Found is what Find said of Binary; nil: Probe asks.
+	Found *Found
 	// Accel is AccelAuto (also when empty), AccelTCG or AccelKVM; the last
 	// fails in Probe where KVM does not work.
 	Accel string
@@ -91,9 +96,7 @@ var _ vmm.Driver = (*Driver)(nil)
 
 // New makes a Driver; nothing is started before Probe or the first machine.
 func New(o Options) *Driver {
-	if o.Binary == "" {
-		o.Binary = "qemu-system-x86_64"
-	}
+	o.Binary = cmp.Or(o.Binary, defaultBinary)
 	if o.Accel == "" {
 		o.Accel = AccelAuto
 	}
@@ -127,19 +130,23 @@ func (d *Driver) Probe(ctx context.Context) (vmm.Info, error) {
 	if info := d.found(); info != nil {
 		return *info, nil
 	}
-	binary, version, err := findBinary(ctx, d.o.Binary)
-	if err != nil {
-		return vmm.Info{}, err
+	found := d.o.Found
+	if found == nil {
+		f, err := Find(ctx, d.o.Binary)
+		if err != nil {
+			return vmm.Info{}, err
+		}
+		found = &f
 	}
 	khz, err := vmm.HostTSCKHz(ctx)
 	if err != nil {
 		return vmm.Info{}, err
 	}
 	info := vmm.Info{
-		Kind: Name, Version: version, Accel: vmm.AccelTCG,
+		Kind: Name, Version: found.Version, Accel: vmm.AccelTCG,
 		MachineType: machineType, CPUModel: cpuTCG, TSCKHz: khz,
 	}
-	ok, remark, err := d.tryKVM(ctx, binary, info)
+	ok, remark, err := d.tryKVM(ctx, found.Path, info)
 	if err != nil {
 		return vmm.Info{}, err
 	}
@@ -156,7 +163,7 @@ func (d *Driver) Probe(ctx context.Context) (vmm.Info, error) {
 		return vmm.Info{}, fmt.Errorf("KVM was asked for: %s", remark)
 	}
 	d.mu.Lock()
-	d.info, d.binary = &info, binary
+	d.info, d.binary = &info, found.Path
 	d.mu.Unlock()
 	return info, nil
 }
@@ -169,12 +176,16 @@ func (d *Driver) found() *vmm.Info {
 
 var versionLine = regexp.MustCompile(`(?m)^QEMU emulator version (([0-9]+)\.([0-9]+)(?:\.[0-9]+)?)`)
 
-// findBinary resolves the program and asks its version. 7.2 is the oldest
-// that is tried.
-func findBinary(ctx context.Context, name string) (path, version string, err error) {
-	path, err = exec.LookPath(name)
+// Found is a QEMU of this host.
+type Found struct{ Path, Version string }
+
+// Find resolves a name or path as Options.Binary has it and asks the program's
+// version, which takes a tenth of a second for the program to be linked. 7.2 is
+// the oldest that is tried.
+func Find(ctx context.Context, name string) (Found, error) {
+	path, err := exec.LookPath(cmp.Or(name, defaultBinary))
 	if err != nil {
-		return "", "", fmt.Errorf("QEMU is not installed: %w", err)
+		return Found{}, fmt.Errorf("QEMU is not installed: %w", err)
 	}
 	cmd := exec.CommandContext(ctx, path, "-version")
 	var stderr bytes.Buffer
@@ -182,18 +193,18 @@ func findBinary(ctx context.Context, name string) (path, version string, err err
 	cmd.Env = environment()
 	out, err := cmd.Output()
 	if err != nil {
-		return "", "", fmt.Errorf("asking QEMU's version: %w: %s", err, bytes.TrimSpace(stderr.Bytes()))
+		return Found{}, fmt.Errorf("asking QEMU's version: %w: %s", err, bytes.TrimSpace(stderr.Bytes()))
 	}
 	m := versionLine.FindSubmatch(out)
 	if m == nil {
-		return "", "", fmt.Errorf("asking QEMU's version: %q says none", path)
+		return Found{}, fmt.Errorf("asking QEMU's version: %q says none", path)
 	}
 	major, _ := strconv.Atoi(string(m[2]))
 	minor, _ := strconv.Atoi(string(m[3]))
 	if major < 7 || major == 7 && minor < 2 {
-		return "", "", fmt.Errorf("QEMU %s is too old: 7.2 or newer is needed", m[1])
+		return Found{}, fmt.Errorf("QEMU %s is too old: 7.2 or newer is needed", m[1])
 	}
-	return path, string(m[1]), nil
+	return Found{Path: path, Version: string(m[1])}, nil
 }
 
 // environment of QEMU: nothing of ours leaks into a process that runs
