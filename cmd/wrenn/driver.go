@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -47,14 +48,20 @@ func (s *stack) lookEarly(ctx context.Context, driver string) {
 func (s *stack) chooseDriver(ctx context.Context, o upOptions, base *template.Result) (vmm.Driver, int, error) {
 	file := filepath.Join(o.dir, "driver")
 	want := o.driver
-	if b, err := os.ReadFile(file); err == nil && want == driverAuto {
-		want = strings.TrimSpace(string(b))
-	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	b, err := os.ReadFile(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, 0, fmt.Errorf("read which driver was chosen: %w", err)
+	}
+	kept := strings.TrimSpace(string(b))
+	if want == driverAuto {
+		want = cmp.Or(kept, driverAuto)
 	}
 	driver, user, err := s.findDriver(ctx, o, want, base)
 	if err != nil {
 		return nil, 0, err
+	}
+	if kept == driver.Name() {
+		return driver, user, nil // a full disk would not take it again
 	}
 	if err := os.WriteFile(file, []byte(driver.Name()+"\n"), 0o600); err != nil {
 		return nil, 0, fmt.Errorf("keep which driver was chosen: %w", err)

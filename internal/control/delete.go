@@ -14,7 +14,7 @@ func (s *Service) Delete(ctx context.Context, id string) error {
 
 // remove is Delete if the row also meets cond.
 func (s *Service) remove(ctx context.Context, id string, cond func(Sandbox) error) (err error) {
-	ctx, cancel := s.detach(ctx)
+	ctx, cancel := s.detach(WithReserve(ctx))
 	defer cancel()
 	if _, err := s.row(ctx, id); err != nil {
 		return err

@@ -108,7 +108,7 @@ func (s *Service) runReconciler(ctx context.Context) {
 // Reconcile takes in once what the host says. again reports that something is
 // still moving. Run calls it by itself.
 func (s *Service) Reconcile(ctx context.Context) (again bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(WithReserve(ctx), time.Minute)
 	defer cancel()
 	if _, err := s.reconcileTemplates(ctx); err != nil {
 		return true, err

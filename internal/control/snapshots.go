@@ -129,7 +129,7 @@ func (s *Service) DeleteSnapshot(ctx context.Context, name string) (err error) {
 	if err := ValidateName("name", name); err != nil {
 		return err
 	}
-	ctx, cancel := s.detach(ctx)
+	ctx, cancel := s.detach(WithReserve(ctx))
 	defer cancel()
 	release := s.names.try(name)
 	if release == nil {

@@ -177,3 +177,45 @@ func TestAJournalThatCannotBeWrittenLeavesAWayOut(t *testing.T) {
 		}
 	}
 }
+
+// TestADestroyNeedsNoRoom: on a disk without a single free block, which the
+// journals are on, whoever runs or is paused can be destroyed, and nothing of it
+// is left.
+func TestADestroyNeedsNoRoom(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it mounts a small disk; test/e2e has the same on real VMs")
+	}
+	w := newWorld(t, snapshot.CompactionPolicy{})
+	dir := filepath.Join(w.Dir, "sandboxes")
+	w.must(unix.Mount("wrenn-test", dir, "tmpfs", 0, "size=8m,mode=711"))
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+	w.create("a", "base")
+	w.create("paused", "base")
+	w.must(w.pause("paused"))
+	ballast := filepath.Join(dir, "ballast")
+	fill := func() {
+		t.Helper()
+		f, err := os.OpenFile(ballast, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+		w.must(err)
+		defer f.Close()
+		for err == nil {
+			_, err = f.Write(make([]byte, 4096))
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			t.Fatal(err)
+		}
+	}
+	for _, id := range []string{"paused", "a"} {
+		fill()
+		if err := w.destroy(id); err != nil {
+			t.Errorf("destroy %s: %v", id, err)
+		}
+	}
+	w.must(os.Remove(ballast))
+	w.idle()
+	w.clear()
+}

@@ -349,7 +349,7 @@ func (e *Engine) finishDestroy(ctx context.Context, sb *sandbox) error {
 func (e *Engine) destroySteps(sb *sandbox) []step {
 	return slices.Concat(
 		[]step{{name: "record_stopping", do: func(context.Context) error {
-			return sb.update(func(j *journal) { j.State = Stopping })
+			return sb.updateIfRoom(func(j *journal) { j.State = Stopping })
 		}}},
 		e.releaseSteps(sb, format.ID{}),
 		[]step{

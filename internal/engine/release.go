@@ -31,7 +31,11 @@ func (e *Engine) releaseSteps(sb *sandbox, successor format.ID) []step {
 				r.letGo()
 				sb.setRun(nil)
 			}
-			return sb.update(func(j *journal) { j.Run = nil })
+			update := sb.update
+			if sb.info().State == Stopping {
+				update = sb.updateIfRoom
+			}
+			return update(func(j *journal) { j.Run = nil })
 		}},
 	}
 }

@@ -2,11 +2,13 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -112,6 +114,24 @@ func (sb *sandbox) settle(change func(*journal)) error {
 		sb.mu.Unlock()
 	}
 	return err
+}
+
+// updateIfRoom is update for a sandbox that is to be destroyed, which makes room:
+// where the disk has none for the journal, the change counts in memory. After a
+// crash the next engine finds what is left, which can be destroyed again.
+func (sb *sandbox) updateIfRoom(change func(*journal)) error {
+	err := sb.update(change)
+	if !noRoomOnDisk(err) {
+		return err
+	}
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	change(&sb.j)
+	return nil
+}
+
+func noRoomOnDisk(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 // journal returns a copy.

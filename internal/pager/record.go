@@ -1,6 +1,7 @@
 package pager
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -66,6 +67,9 @@ func writeRecord(dir string, r record) error {
 		return fmt.Errorf("encode the pager's record of %s: %w", r.SandboxID, err)
 	}
 	path := filepath.Join(dir, r.SandboxID+recordSuffix)
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, b) {
+		return nil // who takes a sandbox over says what is known; a full disk must not refuse that
+	}
 	if err := os.WriteFile(path+".tmp", b, 0o600); err != nil {
 		return fmt.Errorf("write the pager's record: %w", err)
 	}

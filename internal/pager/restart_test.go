@@ -77,6 +77,19 @@ func TestNextPagerTakesUpEverything(t *testing.T) {
 	}
 }
 
+// TestWhatIsServedCanBeAskedForWithoutRoom: the next engine asks for the disks of
+// all that run, also where the record's disk takes nothing any more.
+func TestWhatIsServedCanBeAskedForWithoutRoom(t *testing.T) {
+	r := newRig(t, 1)
+	r.serveDisk("d")
+	// Where the record's new copy is to be written stands what cannot be replaced.
+	must(t, os.Mkdir(filepath.Join(r.srv.opts.Dir, "d"+recordSuffix+".tmp"), 0o700))
+	r.serveDisk("d")
+	must(t, os.Remove(filepath.Join(r.srv.opts.Dir, "d"+recordSuffix+".tmp")))
+	_, err := call(r.srv.StopDisk, &pagerv1.StopDiskRequest{SandboxId: "d"})
+	must(t, err)
+}
+
 func TestNextPagerForgetsWhatEnded(t *testing.T) {
 	r := newRig(t, 2)
 	shared, copied := r.shared("s"), r.copied("c")

@@ -21,7 +21,7 @@ func scanAnswer(row scanner) (control.Answer, error) {
 // ClaimAnswer implements control.Store.
 func (d *DB) ClaimAnswer(ctx context.Context, a control.Answer) (control.Answer, error) {
 	for {
-		_, err := d.db.ExecContext(ctx, `INSERT INTO idempotency (`+answerColumns+`) VALUES ($1, $2, $3, $4, $5, $6, $7)`,
+		_, err := d.exec(ctx, `INSERT INTO idempotency (`+answerColumns+`) VALUES ($1, $2, $3, $4, $5, $6, $7)`,
 			a.Scope, a.Name, a.Digest, a.Status, a.Location, a.Body, micros(a.CreatedAt))
 		if err := inserted(err); !errors.Is(err, control.ErrExists) {
 			return a, err
@@ -39,20 +39,20 @@ func (d *DB) ClaimAnswer(ctx context.Context, a control.Answer) (control.Answer,
 
 // FinishAnswer implements control.Store.
 func (d *DB) FinishAnswer(ctx context.Context, a control.Answer) error {
-	r, err := d.db.ExecContext(ctx, `UPDATE idempotency SET status = $1, location = $2, body = $3 WHERE scope = $4 AND name = $5`,
+	r, err := d.exec(ctx, `UPDATE idempotency SET status = $1, location = $2, body = $3 WHERE scope = $4 AND name = $5`,
 		a.Status, a.Location, a.Body, a.Scope, a.Name)
 	return affected(r, err, control.ErrNotFound)
 }
 
 // DropAnswer implements control.Store.
 func (d *DB) DropAnswer(ctx context.Context, scope, name string) error {
-	_, err := d.db.ExecContext(ctx, `DELETE FROM idempotency WHERE scope = $1 AND name = $2`, scope, name)
+	_, err := d.exec(ctx, `DELETE FROM idempotency WHERE scope = $1 AND name = $2`, scope, name)
 	return err
 }
 
 // PruneAnswers implements control.Store.
 func (d *DB) PruneAnswers(ctx context.Context, t time.Time) (int64, error) {
-	r, err := d.db.ExecContext(ctx, `DELETE FROM idempotency WHERE created_at < $1`, micros(t))
+	r, err := d.exec(ctx, `DELETE FROM idempotency WHERE created_at < $1`, micros(t))
 	if err != nil {
 		return 0, err
 	}

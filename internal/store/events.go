@@ -9,6 +9,10 @@ import (
 
 // AddEvent implements control.Store.
 func (d *DB) AddEvent(ctx context.Context, e control.Event) error {
+	return d.withRoom(ctx, func() error { return d.addEvent(ctx, e) })
+}
+
+func (d *DB) addEvent(ctx context.Context, e control.Event) error {
 	tx, err := d.db.BeginTx(ctx, nil)
 	if err != nil {
 		return err

@@ -40,6 +40,10 @@ func scanSandbox(row scanner) (control.Sandbox, error) {
 
 // CreateSandbox implements control.Store.
 func (d *DB) CreateSandbox(ctx context.Context, s control.Sandbox) error {
+	return d.withRoom(ctx, func() error { return d.createSandbox(ctx, s) })
+}
+
+func (d *DB) createSandbox(ctx context.Context, s control.Sandbox) error {
 	metadata, err := json.Marshal(s.Metadata)
 	if err != nil {
 		return fmt.Errorf("encode metadata: %w", err)
@@ -127,7 +131,7 @@ func (d *DB) UpdateSandbox(ctx context.Context, s control.Sandbox) error {
 	if err != nil {
 		return fmt.Errorf("encode options: %w", err)
 	}
-	r, err := d.db.ExecContext(ctx, `UPDATE sandboxes SET status = $1, timeout_sec = $2, auto_pause = $3,
+	r, err := d.exec(ctx, `UPDATE sandboxes SET status = $1, timeout_sec = $2, auto_pause = $3,
 		started_at = $4, expires_at = $5, error = $6, changed_at = $7, version = version + 1,
 		last_active_at = CASE WHEN last_active_at < $8 THEN $9 ELSE last_active_at END,
 		options = $10 WHERE id = $11 AND version = $12`,
@@ -138,20 +142,20 @@ func (d *DB) UpdateSandbox(ctx context.Context, s control.Sandbox) error {
 
 // TouchSandbox implements control.Store.
 func (d *DB) TouchSandbox(ctx context.Context, id string, at time.Time) error {
-	_, err := d.db.ExecContext(ctx, `UPDATE sandboxes SET last_active_at = $1 WHERE id = $2 AND last_active_at < $3`,
+	_, err := d.exec(ctx, `UPDATE sandboxes SET last_active_at = $1 WHERE id = $2 AND last_active_at < $3`,
 		micros(at), id, micros(at))
 	return written(err)
 }
 
 // DeleteSandbox implements control.Store.
 func (d *DB) DeleteSandbox(ctx context.Context, id string, version int64) error {
-	r, err := d.db.ExecContext(ctx, `DELETE FROM sandboxes WHERE id = $1 AND version = $2`, id, version)
+	r, err := d.exec(ctx, `DELETE FROM sandboxes WHERE id = $1 AND version = $2`, id, version)
 	return affected(r, err, control.ErrStale)
 }
 
 // PruneStopped implements control.Store.
 func (d *DB) PruneStopped(ctx context.Context, t time.Time) (int64, error) {
-	r, err := d.db.ExecContext(ctx, `DELETE FROM sandboxes WHERE status = $1 AND changed_at < $2`,
+	r, err := d.exec(ctx, `DELETE FROM sandboxes WHERE status = $1 AND changed_at < $2`,
 		string(control.StatusStopped), micros(t))
 	if err != nil {
 		return 0, err

@@ -10,6 +10,7 @@
 //     synchronous=FULL).
 //  2. A row of sandboxes changes only by a statement that compares its version.
 //  3. Migrations are append-only and run before Open returns.
+//  4. Beside an SQLite file room is kept for the writes of control.WithReserve.
 package store
 
 import (
@@ -41,6 +42,7 @@ var migrations embed.FS
 type DB struct {
 	db       *sql.DB
 	postgres bool
+	reserve  *reserve // of SQLite; nil: a PostgreSQL server sees to its own disk
 }
 
 var _ control.Store = (*DB)(nil)
@@ -54,7 +56,7 @@ func Open(ctx context.Context, dsn string) (*DB, error) {
 	if d.postgres {
 		d.db, err = sql.Open("pgx", dsn)
 	} else {
-		d.db, err = openSQLite(strings.TrimPrefix(dsn, "sqlite:"))
+		err = d.openSQLite(strings.TrimPrefix(dsn, "sqlite:"))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open database: %w", err)
@@ -62,26 +64,29 @@ func Open(ctx context.Context, dsn string) (*DB, error) {
 	d.db.SetMaxOpenConns(8)
 	d.db.SetMaxIdleConns(8)
 	if err := d.migrate(ctx); err != nil {
-		return nil, errors.Join(fmt.Errorf("migrate database: %w", err), d.db.Close())
+		return nil, errors.Join(fmt.Errorf("migrate database: %w", err), d.Close())
 	}
 	return d, nil
 }
 
-func openSQLite(path string) (*sql.DB, error) {
+func (d *DB) openSQLite(path string) error {
 	if path == "" {
-		return nil, errors.New("the path of the SQLite file is empty")
+		return errors.New("the path of the SQLite file is empty")
 	}
 	path, err := filepath.Abs(path)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	// SQLite would make it with the umask's mode; its side files take this one's.
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := f.Close(); err != nil {
-		return nil, err
+		return err
+	}
+	if d.reserve, err = openReserve(path + "-reserve"); err != nil {
+		return err
 	}
 	q := url.Values{"_pragma": {
 		"busy_timeout(10000)", "journal_mode(WAL)", "foreign_keys(1)", "synchronous(FULL)",
@@ -90,7 +95,8 @@ func openSQLite(path string) (*sql.DB, error) {
 	// could not wait for it later.
 	q.Set("_txlock", "immediate")
 	u := url.URL{Scheme: "file", Path: path, RawQuery: q.Encode()}
-	return sql.Open("sqlite", u.String())
+	d.db, err = sql.Open("sqlite", u.String())
+	return err
 }
 
 func (d *DB) migrate(ctx context.Context) error {
@@ -111,7 +117,32 @@ func (d *DB) migrate(ctx context.Context) error {
 }
 
 // Close closes the connections.
-func (d *DB) Close() error { return d.db.Close() }
+func (d *DB) Close() error {
+	if d.reserve != nil {
+		d.reserve.close()
+	}
+	return d.db.Close()
+}
+
+// withRoom does a write. One that must not fail for want of room gets some of the
+// reserve and is done again; nothing of the first attempt is there.
+func (d *DB) withRoom(ctx context.Context, write func() error) error {
+	for {
+		err := write()
+		if !isFull(err) || !control.MayUseReserve(ctx) || d.reserve == nil || !d.reserve.spend() {
+			return err
+		}
+	}
+}
+
+// exec is withRoom for one statement.
+func (d *DB) exec(ctx context.Context, q string, a ...any) (r sql.Result, err error) {
+	err = d.withRoom(ctx, func() error {
+		r, err = d.db.ExecContext(ctx, q, a...)
+		return err
+	})
+	return r, err
+}
 
 // Ping tells whether the database answers.
 func (d *DB) Ping(ctx context.Context) error {
@@ -154,17 +185,20 @@ func inserted(err error) error {
 // written tells the caller of a write what to do where the database has no room
 // for it; nothing of the write is there then.
 func written(err error) error {
-	full := false
-	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
-		full = e.Code == "53100" // disk_full
-	}
-	if e, ok := errors.AsType[*sqlite.Error](err); ok {
-		full = e.Code()&0xff == sqlite3.SQLITE_FULL
-	}
-	if !full {
+	if !isFull(err) {
 		return err
 	}
 	return &control.Error{Code: control.CodeHostUnavailable, Message: "the disk of the database is full; make room on it, then ask again", Err: err}
+}
+
+// isFull tells whether a write found no room.
+func isFull(err error) bool {
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return e.Code == "53100" // disk_full
+	}
+	e, ok := errors.AsType[*sqlite.Error](err)
+	// The second is the index of the log that its connections share in memory.
+	return ok && (e.Code()&0xff == sqlite3.SQLITE_FULL || e.Code() == sqlite3.SQLITE_IOERR_SHMSIZE)
 }
 
 // affected turns a statement that changed no row into none.

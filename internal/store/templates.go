@@ -19,18 +19,18 @@ func scanTemplate(row scanner) (control.Template, error) {
 
 // CreateTemplate implements control.Store.
 func (d *DB) CreateTemplate(ctx context.Context, t control.Template) error {
-	_, err := d.db.ExecContext(ctx, `INSERT INTO templates (`+templateColumns+`) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)`,
+	_, err := d.exec(ctx, `INSERT INTO templates (`+templateColumns+`) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)`,
 		t.Name, t.Type, t.VCPUs, t.MemoryMB, t.SizeBytes, t.Generation, t.Parent, micros(t.CreatedAt))
 	return inserted(err)
 }
 
 // PutTemplate implements control.Store.
 func (d *DB) PutTemplate(ctx context.Context, t control.Template) error {
-	_, err := d.db.ExecContext(ctx, `INSERT INTO templates (`+templateColumns+`) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
+	_, err := d.exec(ctx, `INSERT INTO templates (`+templateColumns+`) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 		ON CONFLICT (name) DO UPDATE SET type = excluded.type, vcpus = excluded.vcpus, memory_mb = excluded.memory_mb,
 		size_bytes = excluded.size_bytes, generation = excluded.generation, parent = excluded.parent, created_at = excluded.created_at`,
 		t.Name, t.Type, t.VCPUs, t.MemoryMB, t.SizeBytes, t.Generation, t.Parent, micros(t.CreatedAt))
-	return err
+	return written(err)
 }
 
 // GetTemplate implements control.Store.
@@ -63,6 +63,6 @@ func (d *DB) ListTemplates(ctx context.Context, f control.TemplateFilter) ([]con
 
 // DeleteTemplate implements control.Store.
 func (d *DB) DeleteTemplate(ctx context.Context, name string) error {
-	r, err := d.db.ExecContext(ctx, `DELETE FROM templates WHERE name = $1`, name)
+	r, err := d.exec(ctx, `DELETE FROM templates WHERE name = $1`, name)
 	return affected(r, err, control.ErrNotFound)
 }

@@ -1,9 +1,14 @@
 package e2e
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/client"
 	"git.omukk.dev/wrenn/sandbox/test/harness"
@@ -72,6 +77,73 @@ func TestAGuestOnAFullDiskWaitsForRoom(t *testing.T) {
 	pause(t, s, sb.ID)
 	resume(t, s, sb.ID)
 	sh(t, s, sb.ID, compare)
+}
+
+// TestDeletesWorkOnAFullDisk: when somebody else has filled the disk to the last
+// block, and takes what is freed, what is paused or runs and snapshots can be
+// deleted, which frees room; also by a server that starts on the full disk.
+func TestDeletesWorkOnAFullDisk(t *testing.T) {
+	s := ownServerIn(t, smallDisk(t, 1200))
+	paused := create(t, s, client.CreateSandboxRequest{}).ID
+	sh(t, s, paused, "head -c 8M /dev/urandom > big; sync")
+	if _, err := s.CreateSnapshot(timeout(t, time.Minute), paused, "frozen"); err != nil {
+		t.Fatal(err)
+	}
+	pause(t, s, paused)
+	ran, clone := create(t, s, client.CreateSandboxRequest{Template: "frozen"}).ID, create(t, s, client.CreateSandboxRequest{Template: "frozen"}).ID
+
+	ballast := filepath.Join(s.Dir, "ballast")
+	takeAll(t, ballast)
+	if _, err := s.PauseSandbox(timeout(t, time.Minute), ran); err == nil {
+		t.Error("the disk is not full: a pause works")
+	}
+	freed := func(what string, del func() error) {
+		t.Helper()
+		takeAll(t, ballast)
+		if err := del(); err != nil {
+			t.Errorf("delete %s on a full disk: %v", what, err)
+		}
+	}
+	freed("what runs", func() error { return s.DeleteSandbox(timeout(t, time.Minute), ran) })
+	s.Kill()
+	takeAll(t, ballast)
+	if err := s.Restart(timeout(t, time.Minute)); err != nil {
+		t.Fatalf("start on a full disk: %v", err)
+	}
+	sh(t, s, clone, "cmp <(head -c 8M big) big") // goes on
+	freed("a clone", func() error { return s.DeleteSandbox(timeout(t, time.Minute), clone) })
+	freed("what is paused", func() error { return s.DeleteSandbox(timeout(t, time.Minute), paused) })
+	freed("the snapshot", func() error { return s.DeleteSnapshot(timeout(t, time.Minute), "frozen") })
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.Dir, &st); err != nil || st.Bavail*uint64(st.Bsize) < 8<<20 {
+		t.Errorf("after all that %d blocks of %d bytes are free, %v; want room for what was deleted last", st.Bavail, st.Bsize, err)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	if left := names(t, filepath.Join(s.Dir, "sandboxes")); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+	sh(t, s, create(t, s, client.CreateSandboxRequest{}).ID, "true")
+}
+
+// takeAll has a file take every free block of its disk.
+func takeAll(t *testing.T, ballast string) {
+	t.Helper()
+	f, err := os.OpenFile(ballast, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for chunk := make([]byte, 1<<20); ; {
+		if _, err := f.Write(chunk); errors.Is(err, unix.ENOSPC) && len(chunk) == 4096 {
+			return
+		} else if errors.Is(err, unix.ENOSPC) {
+			chunk = chunk[:4096]
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func eventually(t *testing.T, limit time.Duration, what string, f func() bool) {

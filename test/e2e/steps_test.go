@@ -20,29 +20,31 @@ import (
 
 // notHere are operations whose crashes internal/engine tests alone, with why.
 var notHere = map[string]string{
-	"reboot":  "the steps are those of create and resume",
-	"import":  "of a base, which the server does once, before it serves",
 	"compact": "needs tens of generations; test/model has them",
 }
 
 // stepKiller kills the server after steps.
 type stepKiller struct {
 	herd
-	t    *testing.T
+	t    *testing.T // of the step
+	all  *testing.T
 	file string // names the step to die after
 	a    string // runs; herd.paused is paused
 	n    int
+	// bins are directories of the same programs, but for the digest of the base
+	// template that they make.
+	bins []string
 }
 
 // TestAKillAfterEveryStepLosesNothing kills a real server, by its own hand,
 // after every step that the program lists, and starts it again.
 func TestAKillAfterEveryStepLosesNothing(t *testing.T) {
-	k := &stepKiller{t: t, file: filepath.Join(t.TempDir(), "kill-after")}
+	k := &stepKiller{t: t, all: t, file: filepath.Join(t.TempDir(), "kill-after")}
 	t.Setenv("WRENN_TEST_KILL_AFTER", k.file)
 	s := warmServer(t)
 	k.a = spawn(t, s).ID
 	b := spawn(t, s).ID
-	k.herd = herd{s, map[string]keeperAnswer{}, b}
+	k.herd = herd{s: s, was: map[string]keeperAnswer{}, paused: b}
 	for _, id := range []string{k.a, b} {
 		k.was[id] = ask(t, s, id, "set "+id)
 	}
@@ -64,6 +66,8 @@ func TestAKillAfterEveryStepLosesNothing(t *testing.T) {
 				switch op.Op {
 				case "died":
 					k.removeFailed()
+				case "reboot":
+					k.rebooted(step)
 				case "egress": // what was cut off can be done again
 					if err := k.setEgress(timeout(t, time.Minute)); err != nil {
 						t.Error(err)
@@ -158,6 +162,8 @@ func (k *stepKiller) operations() map[string]func(ctx context.Context) error {
 			return s.Restart(ctx)
 		},
 		"egress": k.setEgress,
+		"reboot": k.reboot,
+		"import": k.importBase,
 		"adopt": func(ctx context.Context) error {
 			s.Kill()
 			return s.Restart(ctx)
@@ -167,8 +173,113 @@ func (k *stepKiller) operations() map[string]func(ctx context.Context) error {
 
 // setEgress changes what a sandbox may reach, which the E2B surface alone does.
 func (k *stepKiller) setEgress(ctx context.Context) error {
-	body := strings.NewReader(fmt.Sprintf(`{"denyOut":["203.0.113.%d/32"]}`, k.n%256))
-	req, err := http.NewRequestWithContext(ctx, http.MethodPut, k.s.URL+"/e2b/sandboxes/"+k.a+"/network", body)
+	return k.rest(ctx, http.MethodPut, "/e2b/sandboxes/"+k.a+"/network", fmt.Sprintf(`{"denyOut":["203.0.113.%d/32"]}`, k.n%256), http.StatusNoContent)
+}
+
+// reboot starts a paused sandbox, the same at each step, from its disk alone,
+// which the E2B surface does.
+func (k *stepKiller) reboot(ctx context.Context) error {
+	if k.aside == "" {
+		victim, err := k.victim(ctx)
+		if err != nil {
+			return err
+		}
+		k.aside = victim
+		err = k.disarmed(func() error {
+			_, err := k.s.Sh(ctx, victim, "echo "+victim+" > /home/user/mark && sync")
+			if err == nil {
+				_, err = k.s.PauseSandbox(ctx, victim)
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return k.rest(ctx, http.MethodPost, "/e2b/sandboxes/"+k.aside+"/connect", `{"timeout":600,"memory":false}`, http.StatusCreated)
+}
+
+// rebooted checks what a reboot that was cut off left: a sandbox that is paused
+// as before, or, after its last step, runs and has its disk.
+func (k *stepKiller) rebooted(step string) {
+	k.t.Helper()
+	sb, err := k.s.GetSandbox(timeout(k.t, time.Minute), k.aside)
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	want := client.StatusPaused
+	if step == "record_running" {
+		want = client.StatusRunning
+	}
+	if sb.Status != want {
+		k.t.Errorf("it is %s (%s), want %s", sb.Status, sb.Error, want)
+	}
+	if sb.Status == client.StatusRunning {
+		if mark := sh(k.t, k.s, k.aside, "cat /home/user/mark"); mark != k.aside {
+			k.t.Errorf("after the reboot it has %q on its disk", mark)
+		}
+		remove(k.t, k.s, k.aside)
+		k.aside = ""
+	}
+}
+
+// importBase starts the server with a base template that its store does not
+// have; the sandboxes that run are of the one before.
+func (k *stepKiller) importBase(ctx context.Context) error {
+	if k.bins == nil {
+		k.bins = []string{anotherBase(k.all, k.s), harness.Bin()}
+	}
+	k.s.Kill()
+	k.all.Setenv("WRENN_BIN", k.bins[0])
+	k.bins[0], k.bins[1] = k.bins[1], k.bins[0]
+	return k.s.Restart(ctx)
+}
+
+// anotherBase gives a directory of the programs with a guest agent that differs
+// in a byte, so that the base template made with it is another one. From then on
+// templates are built in a cache of the test's own, which finds in the shared one
+// what that has.
+func anotherBase(t *testing.T, s *harness.Server) string {
+	t.Helper()
+	cache := os.Getenv("WRENN_CACHE")
+	if cache == "" {
+		cache = s.Dir
+	}
+	own, bin := filepath.Join(s.Dir, "another-cache"), filepath.Join(s.Dir, "another-bin")
+	templates := filepath.Join("templates", "base")
+	for _, dir := range []string{filepath.Join(own, templates), bin} {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"wrenn", "envd"} {
+		b, err := os.ReadFile(filepath.Join(harness.Bin(), name))
+		if err == nil && name == "envd" {
+			b = append(b, 0) // behind all that is loaded
+		}
+		if err == nil {
+			err = os.WriteFile(filepath.Join(bin, name), b, 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	share := []string{"cache", "kvm-verdict.json"}
+	for _, name := range names(t, filepath.Join(cache, templates)) {
+		share = append(share, filepath.Join(templates, name))
+	}
+	for _, name := range share {
+		if err := os.Symlink(filepath.Join(cache, name), filepath.Join(own, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("WRENN_CACHE", own)
+	return bin
+}
+
+// rest sends a request of the E2B surface.
+func (k *stepKiller) rest(ctx context.Context, method, path, body string, want int) error {
+	req, err := http.NewRequestWithContext(ctx, method, k.s.URL+path, strings.NewReader(body))
 	if err != nil {
 		return err
 	}
@@ -179,9 +290,9 @@ func (k *stepKiller) setEgress(ctx context.Context) error {
 		return err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusNoContent {
+	if resp.StatusCode != want {
 		text, err := io.ReadAll(resp.Body)
-		return errors.Join(fmt.Errorf("change the network of %s: %s: %s", k.a, resp.Status, text), err)
+		return errors.Join(fmt.Errorf("%s %s: %s: %s", method, path, resp.Status, text), err)
 	}
 	return nil
 }

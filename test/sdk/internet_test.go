@@ -1,16 +1,20 @@
 package sdk
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -18,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/localca"
+	"git.omukk.dev/wrenn/sandbox/test/harness"
 )
 
 // internet is a network of public addresses (of RFC 5737) behind a link of this
@@ -157,4 +162,70 @@ func TestNetworkRules(t *testing.T) {
 			`mount --make-private / && mount --bind "$0" /etc/hosts && exec "$@"`, hosts}
 	})
 	script(t, append(modeAOf(t, s), "API_ADDR="+in.api, "EVIL_ADDR="+in.evil), sdk.Python(), "py/rules.py")
+	t.Run("over a kill of the server", func(t *testing.T) { rulesOutliveAKill(t, s, in) })
+}
+
+// rulesOutliveAKill: the server that takes a guest over sets its headers as the
+// one before did, and opens nothing; what the rules give one guest no other has.
+func rulesOutliveAKill(t *testing.T, s *harness.Server, in internet) {
+	const key = "kept-over-a-kill"
+	with := createByREST(t, s, `{"templateID":"base","timeout":900,"network":{"allowOut":["*.rules.test"],"denyOut":["0.0.0.0/0"],
+		"rules":{"*.rules.test":[{"transform":{"headers":{"X-Api-Key":"`+key+`"}}}]}}}`)
+	without := createByREST(t, s, `{"templateID":"base","timeout":900}`)
+	sum := sha256.Sum256([]byte(key))
+	seen := hex.EncodeToString(sum[:])
+	check := func(when string) {
+		t.Helper()
+		for _, c := range []struct{ id, url, want string }{
+			{with, "https://api.rules.test/", "api.rules.test " + seen + " HTTP/2.0"},
+			{with, "http://api.rules.test/", "api.rules.test " + seen + " HTTP/1.1"},
+			{without, "http://" + in.api + "/", "api.rules.test - HTTP/1.1"},
+		} {
+			if got, err := s.Sh(t.Context(), c.id, "curl -sS --max-time 60 "+c.url); err != nil || got != c.want {
+				t.Errorf("%s: %s gives %q, %v; want %q", when, c.url, got, err, c.want)
+			}
+		}
+		if got, err := s.Sh(t.Context(), with, "curl -sS --max-time 2 http://"+in.evil+"/"); err == nil {
+			t.Errorf("%s: what the rules close answers %q", when, got)
+		}
+	}
+	check("before")
+	s.Kill()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	if err := s.Restart(ctx); err != nil {
+		t.Fatal(err)
+	}
+	check("after a kill")
+	for _, id := range []string{with, without} {
+		if err := s.DeleteSandbox(ctx, id); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// createByREST makes a sandbox by a body of the E2B surface.
+func createByREST(t *testing.T, s *harness.Server, body string) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.URL+"/e2b/sandboxes", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := os.ReadFile(filepath.Join(s.Dir, "api-key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-API-Key", strings.TrimSpace(string(key)))
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var made struct{ SandboxID string }
+	text, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusCreated || json.Unmarshal(text, &made) != nil || made.SandboxID == "" {
+		t.Fatalf("create: %s: %s (%v)", resp.Status, text, err)
+	}
+	return made.SandboxID
 }
