@@ -144,10 +144,10 @@ func (s *stack) qemuDriver(ctx context.Context, o upOptions, base template.Resul
 	if err != nil {
 		return nil, 0, fmt.Errorf("find out what runs VMs here: %w", err)
 	}
-	qo := qemu.Options{Found: &found, ProbeKernel: base.Kernel, ProbeCache: kvmVerdict(o.dir), Logger: s.log}
+	d := qemu.New(qemu.Options{Found: &found, ProbeKernel: base.Kernel, ProbeCache: kvmVerdict(o.dir), Logger: s.log})
 	// Asked as root: an unprivileged user that may not open /dev/kvm must not
 	// be taken for a host without it. The answer is remembered.
-	info, err := qemu.New(qo).Probe(ctx)
+	info, err := d.Probe(ctx)
 	if err != nil {
 		return nil, 0, fmt.Errorf("find out what runs VMs here: %w", err)
 	}
@@ -155,6 +155,5 @@ func (s *stack) qemuDriver(ctx context.Context, o upOptions, base template.Resul
 		s.log.Warn("VMs' processes run as root: /dev/kvm is not open to others; chmod 666 /dev/kvm allows an unprivileged user")
 		user = 0
 	}
-	qo.UID, qo.GID = uint32(user), uint32(user)
-	return qemu.New(qo), user, nil
+	return d.As(uint32(user), uint32(user)), user, nil
 }

@@ -68,7 +68,7 @@ func (s *Service) settled(ctx context.Context, id string) (Sandbox, error) {
 
 func (s *Service) resume(ctx context.Context, id string, p ConnectParams) (Sandbox, error) {
 	return s.change(ctx, id, step{
-		op: "resume", from: StatusPaused, by: StatusResuming,
+		op: "resume", from: StatusPaused, orFrom: StatusError, by: StatusResuming,
 		do: func(ctx context.Context, id string) (HostSandbox, error) {
 			r, err := s.row(ctx, id)
 			if err != nil {

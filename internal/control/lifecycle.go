@@ -232,7 +232,8 @@ func (s *Service) pauseAs(ctx context.Context, id string, diskOnly bool, cond fu
 	})
 }
 
-// Resume brings a paused sandbox back; its time limit begins anew.
+// Resume brings a paused sandbox back; its time limit begins anew. One in error
+// that was paused before goes on from there, and what it did since is lost.
 func (s *Service) Resume(ctx context.Context, id string) (Sandbox, error) {
 	return s.resume(ctx, id, ConnectParams{})
 }
@@ -241,12 +242,14 @@ func (s *Service) Resume(ctx context.Context, id string) (Sandbox, error) {
 type step struct {
 	op       string
 	from, by Status
-	cond     func(Sandbox) error
-	do       func(context.Context, string) (HostSandbox, error)
-	done     func(*Sandbox, HostSandbox)
+	// orFrom is a second state that it may go from; empty is none.
+	orFrom Status
+	cond   func(Sandbox) error
+	do     func(context.Context, string) (HostSandbox, error)
+	done   func(*Sandbox, HostSandbox)
 }
 
-// change does a step. When the host refuses, the row goes back to from; when
+// change does a step. When the host refuses, the row goes back to what it was; when
 // the outcome is not known, it stays where it is and the reconciler finds out.
 func (s *Service) change(ctx context.Context, id string, st step) (_ Sandbox, err error) {
 	ctx, cancel := s.detach(ctx)
@@ -259,8 +262,9 @@ func (s *Service) change(ctx context.Context, id string, st step) (_ Sandbox, er
 		return Sandbox{}, busy(id, st.op)
 	}
 	defer release()
+	var was Status
 	_, err = s.mutate(ctx, id, CanMove, func(r *Sandbox) error {
-		if r.Status != st.from {
+		if was = r.Status; was != st.from && (st.orFrom == "" || was != st.orFrom) {
 			return wrongState(*r, st.op, string(st.from))
 		}
 		if st.cond != nil {
@@ -278,7 +282,7 @@ func (s *Service) change(ctx context.Context, id string, st step) (_ Sandbox, er
 	defer s.noted(ctx, id, EventType(st.op), "")(&err)
 	hs, err := st.do(ctx, id)
 	if err != nil {
-		s.undo(ctx, id, st, err)
+		s.undo(ctx, id, st, was, err)
 		return Sandbox{}, fmt.Errorf("%s %s: %w", st.op, id, err)
 	}
 	return s.mutate(ctx, id, CanMove, func(r *Sandbox) error {
@@ -290,7 +294,7 @@ func (s *Service) change(ctx context.Context, id string, st step) (_ Sandbox, er
 	})
 }
 
-func (s *Service) undo(ctx context.Context, id string, st step, cause error) {
+func (s *Service) undo(ctx context.Context, id string, st step, was Status, cause error) {
 	s.log.WarnContext(ctx, st.op+" failed", "sandbox", id, "err", cause, "uncertain", isUncertain(cause))
 	// The host may also have lost it; a look finds that out either way.
 	defer s.wake()
@@ -304,7 +308,7 @@ func (s *Service) undo(ctx context.Context, id string, st step, cause error) {
 		if r.Status != st.by {
 			return wrongState(*r, st.op, string(st.by))
 		}
-		r.Status = st.from
+		r.Status = was
 		return nil
 	})
 	if err != nil {

@@ -426,6 +426,48 @@ func TestDeleteWaitsForTheOperation(t *testing.T) {
 	}
 }
 
+// TestAnErrorIsRetriedFromTheLastPause, and stays one, with its reason, where
+// there is none or the host refuses.
+func TestAnErrorIsRetriedFromTheLastPause(t *testing.T) {
+	t.Parallel()
+	f := setup(t)
+	sb := f.create(t, control.CreateParams{})
+	crash := func() {
+		t.Helper()
+		f.host.Crash(sb.ID, "killed by signal 9")
+		if _, err := f.Reconcile(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		f.status(t, sb.ID, control.StatusError)
+	}
+	crash()
+	_, err := f.Resume(t.Context(), sb.ID)
+	code(t, err, control.CodeInvalidState)
+	if got, err := f.Get(t.Context(), sb.ID); err != nil || got.Status != control.StatusError || got.Error != "killed by signal 9" {
+		t.Errorf("never paused: %+v, %v", got, err)
+	}
+	if err := f.Delete(t.Context(), sb.ID); err != nil {
+		t.Fatal(err)
+	}
+
+	sb = f.create(t, control.CreateParams{TimeoutSec: 60})
+	for _, move := range []func(context.Context, string) (control.Sandbox, error){f.Pause, f.Resume} {
+		if _, err := move(t.Context(), sb.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	crash()
+	f.host.Fail("resume", controltest.Err(control.CodeHostUnavailable, "no room"))
+	_, err = f.Resume(t.Context(), sb.ID)
+	code(t, err, control.CodeHostUnavailable)
+	f.status(t, sb.ID, control.StatusError)
+	f.host.Fail("resume", nil)
+	got, err := f.Resume(t.Context(), sb.ID)
+	if err != nil || got.Status != control.StatusRunning || got.Error != "" || got.ExpiresAt.IsZero() {
+		t.Errorf("%+v, %v; want it running, with a time limit and no error", got, err)
+	}
+}
+
 func TestFork(t *testing.T) {
 	t.Parallel()
 	f := setup(t)

@@ -56,15 +56,18 @@ var transitions = map[Status]map[Status]cause{
 		StatusResuming: asked, StatusRunning: found,
 		StatusStopping: asked, StatusError: found,
 	},
+	// Back to an error goes a resume of one that the host refused.
 	StatusResuming: {
 		StatusRunning: asked | found, StatusPaused: asked | found,
-		StatusStopping: asked, StatusError: found,
+		StatusStopping: asked, StatusError: asked | found,
 	},
 	// A delete that the host refused is an error that can be deleted again.
 	// Reconciling only takes up again a delete that somebody asked for.
 	StatusStopping: {StatusStopped: asked, StatusError: asked},
-	// A host that comes back with what was thought lost puts it right.
+	// A host that comes back with what was thought lost puts it right. One that
+	// was paused before can be brought back from there.
 	StatusError: {
+		StatusResuming: asked,
 		StatusStopping: asked, StatusRunning: found, StatusPaused: found,
 	},
 	StatusStopped: {},

@@ -14,10 +14,10 @@ func TestStateTableIsComplete(t *testing.T) {
 	running   .       .       a       f      .        a        .       f
 	pausing   .       b       .       b      .        a        .       f
 	paused    .       f       .       .      a        a        .       f
-	resuming  .       b       .       b      .        a        .       f
+	resuming  .       b       .       b      .        a        .       b
 	stopping  .       .       .       .      .        .        a       a
 	stopped   .       .       .       .      .        .        .       .
-	error     .       f       .       f      .        a        .       .`
+	error     .       f       .       f      a        a        .       .`
 	lines := strings.Split(strings.TrimSpace(matrix), "\n")
 	columns := strings.Fields(lines[0])
 	seen := 0

@@ -257,18 +257,22 @@ func (e *Engine) deleteManifest(ctx context.Context, id format.ID) error {
 }
 
 // Resume brings a paused sandbox back, every process still alive; with reboot
-// it starts from the paused disk instead, and the memory is not used. A resume
-// that fails leaves it paused.
+// it starts from the paused disk instead, and the memory is not used. One whose
+// VM ended unasked goes back to its last pause. A resume that fails leaves it
+// paused.
 func (e *Engine) Resume(ctx context.Context, id string, reboot bool) (Info, Stats, error) {
 	ctx = context.WithoutCancel(ctx)
 	sb, err := e.find(id)
 	if err != nil {
 		return Info{}, Stats{}, err
 	}
-	if err := sb.begin("resume", Paused); err != nil {
+	if err := sb.begin("resume", Paused, Failed); err != nil {
 		return Info{}, Stats{}, err
 	}
 	defer sb.end()
+	if err := sb.hasPause(); err != nil {
+		return Info{}, Stats{}, err
+	}
 	ph := e.newPhases()
 	if err := e.release(ctx, sb); err != nil {
 		return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: clear what its last run left: %w", id, err)
@@ -299,6 +303,19 @@ func (e *Engine) Resume(ctx context.Context, id string, reboot bool) (Info, Stat
 		}))
 	}
 	return sb.info(), ph.stats(), nil
+}
+
+// hasPause tells whether there is something to resume. The token is held.
+func (sb *sandbox) hasPause() error {
+	switch j := sb.journal(); {
+	case j.State != Failed:
+		return nil
+	case sb.unadopted || sb.stray:
+		return fmt.Errorf("%w: cannot resume sandbox %s: its VM may still run: %s", ErrState, j.ID, j.Error)
+	case j.Manifest.IsZero():
+		return fmt.Errorf("%w: cannot resume sandbox %s: it was never paused, so that there is nothing to go back to; delete it", ErrState, j.ID)
+	}
+	return nil
 }
 
 func (e *Engine) resumeSource(sb *sandbox, reboot bool) (Op, source, error) {

@@ -133,7 +133,7 @@ func (st *starting) enter(context.Context) error {
 }
 
 func (st *starting) recordResuming(context.Context) error {
-	return st.sb.update(func(j *journal) { j.State = Resuming })
+	return st.sb.update(func(j *journal) { j.State, j.Error = Resuming, "" })
 }
 
 func (st *starting) network(ctx context.Context) error {

@@ -283,6 +283,10 @@ func loseDatabase(t *testing.T, s *harness.Server) {
 func killVM(t *testing.T, s *harness.Server) {
 	t.Helper()
 	victim := spawn(t, s)
+	was := ask(t, s, victim.ID, "set before the pause")
+	pause(t, s, victim.ID)
+	resume(t, s, victim.ID)
+	ask(t, s, victim.ID, "set after it")
 	s.VM(victim.ID).Kill()
 	var sb *client.Sandbox
 	if !harness.Eventually(time.Minute, func() bool {
@@ -296,6 +300,10 @@ func killVM(t *testing.T, s *harness.Server) {
 	}
 	if _, err := s.Exec(t.Context(), victim.ID, client.ExecRequest{Cmd: "true"}); !client.IsInvalidState(err) {
 		t.Errorf("exec: %v, want invalid_state", err)
+	}
+	resume(t, s, victim.ID) // from its last pause
+	if a := ask(t, s, victim.ID, "stat"); a.PID != was.PID || a.Made != was.Made || a.Value != "before the pause" {
+		t.Errorf("brought back: %+v, was %+v", a, was)
 	}
 	if err := s.DeleteSandbox(timeout(t, time.Minute), victim.ID); err != nil {
 		t.Errorf("delete: %v", err)

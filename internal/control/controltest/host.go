@@ -36,6 +36,8 @@ type Host struct {
 type sandbox struct {
 	control.HostSandbox
 	busy bool
+	// saved: there is a pause of it, which a resume of one in error goes back to.
+	saved bool
 	// rebooted: the present run began from the disk alone.
 	rebooted bool
 	egress   *control.Egress
@@ -260,13 +262,16 @@ func (h *Host) DestroySandbox(_ context.Context, id string) error {
 
 // PauseSandbox implements control.Host.
 func (h *Host) PauseSandbox(_ context.Context, id string) (control.HostSandbox, error) {
-	return h.move(id, "pause", control.HostRunning, control.HostPaused, func(s *sandbox) { close(s.over) })
+	return h.move(id, "pause", control.HostRunning, control.HostPaused, func(s *sandbox) {
+		close(s.over)
+		s.saved = true
+	})
 }
 
 // ResumeSandbox implements control.Host.
 func (h *Host) ResumeSandbox(_ context.Context, id string, reboot bool) (control.HostSandbox, error) {
 	return h.move(id, "resume", control.HostPaused, control.HostRunning, func(s *sandbox) {
-		s.over = make(chan struct{})
+		s.over, s.Error = make(chan struct{}), ""
 		s.StartedAt = time.Now()
 		s.rebooted = reboot
 	})
@@ -283,7 +288,8 @@ func (h *Host) move(id, op string, from, to control.HostState, change func(*sand
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if s.State != from {
+	backToPause := op == "resume" && s.State == control.HostError && s.saved
+	if s.State != from && !backToPause {
 		return control.HostSandbox{}, Err(control.CodeInvalidState, "sandbox %s cannot %s", id, op)
 	}
 	change(s)

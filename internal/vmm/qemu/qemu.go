@@ -106,6 +106,18 @@ func New(o Options) *Driver {
 	return &Driver{o: o, log: o.Logger, probe: make(chan struct{}, 1)}
 }
 
+// As is a driver like d whose machines run as another user. What d has found out
+// holds for it too.
+func (d *Driver) As(uid, gid uint32) *Driver {
+	o := d.o
+	o.UID, o.GID = uid, gid
+	as := New(o)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	as.info, as.binary = d.info, d.binary
+	return as
+}
+
 // Name implements vmm.Driver.
 func (d *Driver) Name() string { return Name }
 
