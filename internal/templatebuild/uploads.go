@@ -32,11 +32,12 @@ type uploads struct {
 	dir    string
 	now    func() time.Time
 	secret []byte // of the links; a new one with each start
+	most   int64  // maxUpload
 	mu     sync.Mutex
 }
 
 func openUploads(dir string, now func() time.Time) (*uploads, error) {
-	u := &uploads{dir: dir, now: now, secret: make([]byte, 32)}
+	u := &uploads{dir: dir, now: now, secret: make([]byte, 32), most: maxUpload}
 	rand.Read(u.secret) // never fails
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
@@ -112,9 +113,9 @@ func (u *uploads) put(template, hash string, r io.Reader) (err error) {
 			_ = os.Remove(f.Name())
 		}
 	}()
-	n, err := io.Copy(f, io.LimitReader(r, maxUpload+1))
-	if err == nil && n > maxUpload {
-		err = &control.Error{Code: control.CodeTooLarge, Message: fmt.Sprintf("the files of one COPY must have at most %d MiB; split it, or leave out what is not needed with .dockerignore", maxUpload>>20)}
+	n, err := io.Copy(f, io.LimitReader(r, u.most+1))
+	if err == nil && n > u.most {
+		err = &control.Error{Code: control.CodeTooLarge, Message: fmt.Sprintf("the files of one COPY must have at most %d MiB; split it, or leave out what is not needed with .dockerignore", u.most>>20)}
 	}
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
