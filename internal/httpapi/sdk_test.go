@@ -12,6 +12,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/client"
 	"git.omukk.dev/wrenn/sandbox/internal/control"
+	"git.omukk.dev/wrenn/sandbox/internal/control/controltest"
 	"git.omukk.dev/wrenn/sandbox/internal/httpapi"
 )
 
@@ -141,4 +142,36 @@ func TestUploadErrorOfHost(t *testing.T) {
 	id := s.create(t, m{}).ID
 	s.host.Fail("write", errors.New("boom"))
 	s.want(t, "PUT", "/v1/sandboxes/"+id+"/files?path=/x", []byte("x"), 500)
+}
+
+// TestAForkTellsOfEachChildThatIsMissing: those that could be made are given, with
+// an error for each of the others, and the source goes on.
+func TestAForkTellsOfEachChildThatIsMissing(t *testing.T) {
+	t.Parallel()
+	s := setup(t)
+	c, err := client.New(client.Options{BaseURL: s.URL, APIKey: s.key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sb, err := c.CreateSandbox(t.Context(), client.CreateSandboxRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.host.FailLater("create", 2, controltest.Err(control.CodeHostUnavailable, "no room for it"))
+	kids, err := c.ForkSandbox(t.Context(), sb.ID, 5)
+	if len(kids) != 2 || !client.IsHostUnavailable(err) || strings.Count(err.Error(), "no room for it") != 3 {
+		t.Errorf("%d children, %v; want 2, and why there are not 3 more", len(kids), err)
+	}
+	page, err := c.ListSandboxes(t.Context(), client.ListSandboxesOptions{})
+	if err != nil || len(page.Sandboxes) != 3 {
+		t.Errorf("%+v, %v; want the source and 2 children", page, err)
+	}
+	for _, sb := range page.Sandboxes {
+		if sb.Status != client.StatusRunning {
+			t.Errorf("%s is %s", sb.ID, sb.Status)
+		}
+	}
+	if ids := s.host.IDs(); len(ids) != 3 {
+		t.Errorf("the host has %v", ids)
+	}
 }

@@ -27,6 +27,7 @@ type Host struct {
 	fail      map[string]error
 	hold      map[string]chan struct{}
 	calls     map[string]int
+	spare     map[string]int // calls that do not fail yet
 	overlaps  int
 	down      bool
 	dial      func(id string, port int) (net.Conn, error)
@@ -57,7 +58,7 @@ func NewHost() *Host {
 			"base": {Name: "base", Type: control.TemplateBase, SizeBytes: 1 << 30, CreatedAt: time.Unix(1, 0)},
 		},
 		watchers: map[chan control.HostEvent]bool{},
-		fail:     map[string]error{}, hold: map[string]chan struct{}{}, calls: map[string]int{},
+		fail:     map[string]error{}, hold: map[string]chan struct{}{}, calls: map[string]int{}, spare: map[string]int{},
 	}
 }
 
@@ -66,7 +67,14 @@ func NewHost() *Host {
 func (h *Host) Fail(op string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.fail[op] = err
+	h.fail[op], h.spare[op] = err, 0
+}
+
+// FailLater is Fail for the calls after the next n.
+func (h *Host) FailLater(op string, n int, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.fail[op], h.spare[op] = err, n
 }
 
 // Hold makes calls of op wait, after they were counted, until the returned
@@ -185,6 +193,10 @@ func (h *Host) enter(op string) error {
 	h.mu.Lock()
 	h.calls[op]++
 	hold, err, down := h.hold[op], h.fail[op], h.down
+	if h.spare[op] > 0 {
+		h.spare[op]--
+		err = nil
+	}
 	h.mu.Unlock()
 	if down {
 		return Err(control.CodeHostUnavailable, "the host agent does not answer")
