@@ -74,6 +74,7 @@ func runAgain(t *testing.T, m Machine) []byte {
 // TestDriverInNestedMachine runs the tests of the Firecracker driver on the
 // real program.
 func TestDriverInNestedMachine(t *testing.T) {
+	t.Parallel() // each machine has one processor
 	requireNested(t)
 	dir := tree(t)
 	Build(t, filepath.Join(dir, "t/firecracker"), "test", "git.omukk.dev/wrenn/sandbox/internal/vmm/firecracker")
@@ -95,6 +96,7 @@ const lifeCycle = "^(TestDoctorTellsWhatRunsVMs|TestEveryDriverDoesTheWholeLifeC
 // TestLifeCycleOnFirecracker runs end-to-end tests on a server whose VMs are
 // Firecracker's: in a nested machine, or on this host where it has KVM.
 func TestLifeCycleOnFirecracker(t *testing.T) {
+	t.Parallel() // each machine has one processor
 	bin := harness.Bin()
 	for _, p := range []string{"wrenn", "envd"} {
 		if _, err := os.Stat(filepath.Join(bin, p)); err != nil {
