@@ -91,8 +91,12 @@ func (l *layerReader) check() error {
 
 func (l *layerReader) Close() error { return errors.Join(l.unpacked.Close(), l.blob.Close()) }
 
-// maxBreaks is how often one download is taken up again.
-const maxBreaks = 4
+// A download is taken up again so often, unless it has come on well meanwhile: a
+// slow guest makes a large layer last, and registries do not wait for ever.
+const (
+	maxBreaks = 4
+	comeOn    = 1 << 20
+)
 
 var errStalled = errors.New("nothing came for too long")
 
@@ -104,6 +108,7 @@ type blobReader struct {
 	body   io.ReadCloser
 	stop   context.CancelCauseFunc // of body
 	at     int64
+	broke  int64 // at, when it broke the last time
 	breaks int
 }
 
@@ -120,6 +125,10 @@ func (b *blobReader) Read(p []byte) (int, error) {
 			}
 			return n, err
 		}
+		if b.at-b.broke >= comeOn {
+			b.breaks = 0
+		}
+		b.broke = b.at
 		if b.breaks++; b.breaks > maxBreaks || b.ctx.Err() != nil || errors.Is(err, errNotAllowed) {
 			return 0, err
 		}

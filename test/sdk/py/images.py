@@ -35,7 +35,9 @@ def a_private_image_by_its_digest():
 
 @check
 def sandboxes_of_it_are_the_image_and_a_sandbox():
-    box = Sandbox.create("by-image", timeout=300)
+    # A machine that is busy boots slowly.
+    slow = {"timeout": 900, "request_timeout": 500}
+    box = Sandbox.create("by-image", **slow)
     try:
         got = box.commands.run("cat built; tool; echo $FLAVOUR; id -un; pwd").stdout
         assert got == "the tool\nuser\n/home/user\nthe tool\nfrom the image\nuser\n/home/user\n", got
@@ -51,10 +53,10 @@ def sandboxes_of_it_are_the_image_and_a_sandbox():
         # It goes through what every sandbox goes through.
         pid = box.commands.run("sleep 1000", background=True).pid
         box.pause()
-        box = Sandbox.connect(box.sandbox_id, timeout=300)
+        box = Sandbox.connect(box.sandbox_id, **slow)
         assert pid in [p.pid for p in box.commands.list()]
-        box.pause(keep_memory=False)
-        box = Sandbox.connect(box.sandbox_id, timeout=300)
+        box.pause(keep_memory=False, request_timeout=500)
+        box = Sandbox.connect(box.sandbox_id, **slow)
         assert box.commands.run("cat hello.txt; tool").stdout == "textthe tool\n"
     finally:
         box.kill()
