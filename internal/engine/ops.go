@@ -60,7 +60,7 @@ func (e *Engine) Create(ctx context.Context, spec CreateSpec) (Info, Stats, erro
 	if src.base == nil {
 		op = OpSpawn
 	}
-	st := &starting{e: e, sb: sb, src: src, ph: ph}
+	st := e.newStarting(sb, src, ph)
 	if err := e.start(ctx, op, st, st.createSteps()); err != nil {
 		return Info{}, Stats{}, errors.Join(fmt.Errorf("create sandbox %s: %w", spec.ID, err), e.unmake(st))
 	}
@@ -290,7 +290,7 @@ func (e *Engine) Resume(ctx context.Context, id string, reboot bool) (Info, Stat
 	if err != nil {
 		return Info{}, Stats{}, fmt.Errorf("resume sandbox %s: %w", id, err)
 	}
-	st := &starting{e: e, sb: sb, src: src, ph: ph}
+	st := e.newStarting(sb, src, ph)
 	if err := e.start(ctx, op, st, st.resumeSteps()); err != nil {
 		if st.left != nil {
 			e.tidySoon(sb)

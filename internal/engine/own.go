@@ -64,26 +64,58 @@ func (e *Engine) sharedBy(src source) format.ID {
 	return src.manifest.Memory.ID
 }
 
-// hostArgsOwn names what the VMM opens itself.
-func (st *starting) hostArgsOwn(ctx context.Context) (vmm.HostArgs, error) {
-	sb, slot := st.sb, st.slot
-	device, err := st.e.opts.Disks.Attach(ctx, sb.id(), sb.path(diskSocket))
-	if err != nil {
-		return vmm.HostArgs{}, err
+// served tells when the pager serves what a VMM of this kind opens itself, which
+// is prepared while its process starts.
+type served struct{ disk, memory chan struct{} }
+
+func newServed() served { return served{make(chan struct{}), make(chan struct{})} }
+
+// await returns when ready is closed; what failed before that has ended ctx.
+func await(ctx context.Context, ready <-chan struct{}) error {
+	select {
+	case <-ready:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
-	named, ok := slot.(interface{ Tap() (name, netns string) })
+}
+
+// startOwn starts a VMM that opens disk and memory itself. Restored, its process
+// starts while both are being prepared.
+func (st *starting) startOwn(ctx context.Context) error {
+	sb := st.sb
+	named, ok := st.slot.(interface{ Tap() (name, netns string) })
 	if !ok {
-		return vmm.HostArgs{}, fmt.Errorf("the network slot does not name its tap")
+		return fmt.Errorf("the network slot does not name its tap")
 	}
-	h := vmm.HostArgs{ID: sb.id(), Dir: sb.dir, DiskDevice: device, ConsolePath: sb.path(consoleName), Number: slot.Index()}
+	h := vmm.HostArgs{ID: sb.id(), Dir: sb.dir, ConsolePath: sb.path(consoleName), Number: st.slot.Index(), Part: st.ph.part}
 	h.TapName, h.NetNS = named.Tap()
-	switch {
-	case st.wholePath != "":
-		h.MemoryFile = st.wholePath
-	case !st.rec.MemoryImage.IsZero():
-		h.MemorySocket = sb.path(pagesSocket)
+	if st.src.base != nil {
+		var err error
+		if h.DiskDevice, err = st.attachDisk(ctx); err != nil {
+			return err
+		}
+		return st.launch(ctx, h)
 	}
-	return h, nil
+	h.MemorySocket = sb.path(pagesSocket)
+	if st.wantsWhole { // the process is started with the file, if there will be one
+		if err := await(ctx, st.served.memory); err != nil {
+			return err
+		}
+		if st.wholePath != "" {
+			h.MemoryFile, h.MemorySocket = st.wholePath, ""
+		}
+	}
+	return st.launch(ctx, h)
+}
+
+// attachDisk makes a block device of the disk when the pager serves it.
+func (st *starting) attachDisk(ctx context.Context) (device string, err error) {
+	if err := await(ctx, st.served.disk); err != nil {
+		return "", err
+	}
+	defer st.ph.part("disk_device")()
+	return st.e.opts.Disks.Attach(ctx, st.sb.id(), st.sb.path(diskSocket))
 }
 
 // captureOwnDisk comes after the memory: what the host's kernel holds back of

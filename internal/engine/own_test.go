@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -97,9 +98,15 @@ func (s fakeSlot) Dial(ctx context.Context, _ int) (net.Conn, error) {
 }
 
 // fakeDisks lends no device, so that the VMM opens none.
-type fakeDisks struct{ held }
+type fakeDisks struct {
+	held
+	fail atomic.Pointer[error] // of the next Attach
+}
 
 func (d *fakeDisks) Attach(_ context.Context, id, _ string) (string, error) {
+	if err := d.fail.Swap(nil); err != nil {
+		return "", *err
+	}
 	d.set(id, true)
 	return "", nil
 }
@@ -117,6 +124,7 @@ type ownRig struct {
 	program *fctest.Program
 	net     *fakeNet
 	disks   *fakeDisks
+	ran     time.Time // when a machine last began to run, where that is noted
 }
 
 func newOwnRig(t *testing.T, callLimit time.Duration) *ownRig {
@@ -163,7 +171,7 @@ func newRigOn(t *testing.T, p *fctest.Program, o firecracker.Options, base BaseF
 	}
 	r.opts = Options{
 		Dir: dir, Store: store, Cmdline: "mitigations=off", Network: r.net, Disks: r.disks, Logger: quiet,
-		Pager:  pagerv1connect.NewPagerServiceClient(http.DefaultClient, serves.URL),
+		Pager:  pagerv1connect.NewPagerServiceClient(http.DefaultClient, serves.URL, connect.WithAcceptCompression("gzip", nil, nil)),
 		Driver: firecracker.New(o),
 	}
 	r.restart()
@@ -313,7 +321,7 @@ func TestACreateThatFailsLeavesNothing(t *testing.T) {
 
 // TestAResumeThatFailsLeavesItPaused, and the next one works.
 func TestAResumeThatFailsLeavesItPaused(t *testing.T) {
-	calls := []string{"GET /version", "PUT /snapshot/load", "GET /machine-config", "GET /", "PATCH /vm"}
+	calls := []string{"GET /version", "PUT /snapshot/load", "GET /machine-config", "PATCH /vm"}
 	eachFailure(t, calls, allKinds, func(r *ownRig, call, kind string) {
 		r.must(r.create("a"))
 		r.must(r.pause("a"))
@@ -331,6 +339,60 @@ func TestAResumeThatFailsLeavesItPaused(t *testing.T) {
 	})
 }
 
+// TestAPausePassesOnWhatAResumeNeeded, and the memory that is put ahead is right:
+// the machine reads it.
+func TestAPausePassesOnWhatAResumeNeeded(t *testing.T) {
+	r := newOwnRig(t, time.Minute)
+	r.must(r.create("a"))
+	r.must(r.pause("a"))
+	for n := range 3 {
+		r.must(r.resume("a"))
+		r.must(r.pause("a"))
+		m, err := r.opts.Store.Manifest(r.sandboxes["a"].journal().Manifest)
+		r.must(err)
+		if _, err := os.Stat(filepath.Join(r.opts.Dir, "orders", m.Memory.ID.String()+".order")); err != nil {
+			t.Errorf("pause %d passes nothing on: %v", n, err)
+		}
+	}
+	r.must(r.Destroy(t.Context(), "a"))
+	r.nothingHeld("at the end", 0)
+}
+
+// TestAStartWithoutItsDiskOrMemoryLeavesNothing: what is prepared beside the
+// process's start ends that too, and says what it was.
+func TestAStartWithoutItsDiskOrMemoryLeavesNothing(t *testing.T) {
+	r := newOwnRig(t, time.Minute)
+	none := errors.New("there is no free device")
+	r.disks.fail.Store(&none)
+	if err := r.create("a"); !errors.Is(err, none) {
+		t.Errorf("a create without a device: %v", err)
+	}
+	r.nothingHeld("after the create", 0)
+	r.must(r.create("a"))
+	r.must(r.pause("a"))
+	r.disks.fail.Store(&none)
+	if err := r.resume("a"); !errors.Is(err, none) {
+		t.Errorf("a resume without a device: %v", err)
+	}
+	r.nothingHeld("after the resume", 1)
+
+	m, err := r.opts.Store.Manifest(r.sandboxes["a"].journal().Manifest)
+	r.must(err)
+	header := filepath.Join(r.opts.Dir, "store", "images", m.Memory.ID.String(), "header")
+	r.must(os.Rename(header, header+".away"))
+	if err := r.resume("a"); err == nil || !strings.Contains(err.Error(), "prepare the memory") {
+		t.Errorf("a resume without its memory: %v", err)
+	}
+	r.nothingHeld("after the resume without memory", 1)
+	r.must(os.Rename(header+".away", header))
+	if s := r.state("a"); s != Paused {
+		t.Errorf("it is %s, want paused", s)
+	}
+	r.must(r.resume("a"))
+	r.must(r.Destroy(t.Context(), "a"))
+	r.nothingHeld("at the end", 0)
+}
+
 // TestACaptureThatFailsLeavesItRunning, a pause and a snapshot, and the next
 // pause is whole: it asks for all of the memory where the list of changes went
 // with the one that failed, also when the engine was restarted in between.
@@ -341,7 +403,7 @@ func TestACaptureThatFailsLeavesItRunning(t *testing.T) {
 	}
 	for name, do := range capture {
 		t.Run(name, func(t *testing.T) {
-			eachFailure(t, []string{"GET /", "PATCH /vm", "PUT /snapshot/create"}, aliveKinds, func(r *ownRig, call, kind string) {
+			eachFailure(t, []string{"PATCH /vm", "PUT /snapshot/create"}, aliveKinds, func(r *ownRig, call, kind string) {
 				r.must(r.create("a"))
 				r.program.Fail(r.t, call, kind)
 				err := do(r)
@@ -385,7 +447,7 @@ func (r *ownRig) savedWhole() {
 
 // TestAFirecrackerThatDiesInACaptureIsToldAndCanBeRemoved.
 func TestAFirecrackerThatDiesInACaptureIsToldAndCanBeRemoved(t *testing.T) {
-	eachFailure(t, []string{"GET /", "PATCH /vm", "PUT /snapshot/create"}, []string{fctest.Die}, func(r *ownRig, call, kind string) {
+	eachFailure(t, []string{"PATCH /vm", "PUT /snapshot/create"}, []string{fctest.Die}, func(r *ownRig, call, kind string) {
 		r.must(r.create("a"))
 		_, events := r.Watch(r.t.Context())
 		r.program.Fail(r.t, call, kind)

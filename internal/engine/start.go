@@ -62,10 +62,15 @@ type starting struct {
 	slot   Slot
 	rec    runRecord
 	memory *os.File // the guest's RAM, until the VMM has it
-	// wholePath is the file that the VMM maps its memory from, or empty.
-	wholePath string
-	machine   vmm.Machine
-	guest     *Guest
+	// own: the VMM keeps memory to itself, see own.go.
+	own    bool
+	served served
+	// wantsWhole: the VMM may map its memory from a file; wholePath is that, or
+	// empty, once the memory is served.
+	wantsWhole bool
+	wholePath  string
+	machine    vmm.Machine
+	guest      *Guest
 	// entered: the directory is ours. left: what a start that failed could
 	// not release.
 	entered bool
@@ -80,18 +85,28 @@ func (st *starting) resumeSteps() []step {
 	return append([]step{{name: "record_resuming", do: st.recordResuming}}, st.steps()...)
 }
 
+func (e *Engine) newStarting(sb *sandbox, src source, ph *phases) *starting {
+	return &starting{e: e, sb: sb, src: src, ph: ph, own: e.ownMemory(), served: newServed()}
+}
+
 func (st *starting) steps() []step {
-	return []step{
+	steps := []step{
 		{name: "network", do: st.network},
 		{name: "record_run", do: st.recordRun},
-		{name: "disk_and_memory", do: st.prepare},
-		{name: "vmm", do: st.startMachine},
+	}
+	prepare, vmm := step{name: "disk_and_memory", do: st.prepare}, step{name: "vmm", do: st.startMachine}
+	if st.own {
+		steps = append(steps, step{beside: []step{prepare, vmm}})
+	} else {
+		steps = append(steps, prepare, vmm)
+	}
+	return append(steps, []step{
 		{name: "record_vm", do: st.recordVM},
 		{name: "vm_run", do: st.letRun},
 		{name: "guest_confirm", do: st.confirm},
 		{name: "guest_trust", do: st.trust},
 		{name: "record_running", do: st.recordRunning},
-	}
+	}...)
 }
 
 // start brings up the VM of sb by steps, confirmed by its guest. On an error
@@ -152,6 +167,12 @@ func (st *starting) network(ctx context.Context) error {
 	return nil
 }
 
+// record is a copy for the journal, which others read.
+func (st *starting) record() *runRecord {
+	r := st.rec
+	return &r
+}
+
 func (st *starting) recordRun(context.Context) error {
 	st.rec = runRecord{Slot: st.slot.Index(), Life: randomHex(16), DiskImage: st.src.disk()}
 	if b := st.src.base; b != nil {
@@ -161,21 +182,18 @@ func (st *starting) recordRun(context.Context) error {
 		st.rec.KernelDigest = m.VMM.KernelDigest
 		st.rec.MemoryImage = m.Memory.ID
 		st.rec.LastMemory, st.rec.LastDisk = st.rec.MemoryImage, st.rec.DiskImage
-		st.rec.WholeImage = st.e.mayHaveWhole(st.sb)
+		st.wantsWhole = st.e.mayHaveWhole(st.sb)
+		st.rec.WholeImage = st.wantsWhole
 	}
-	return st.sb.update(func(j *journal) { j.Run = &st.rec })
+	return st.sb.update(func(j *journal) { j.Run = st.record() })
 }
 
 // startMachine starts the VMM process; a restored guest has not run yet.
 func (st *starting) startMachine(ctx context.Context) error {
-	e, sb := st.e, st.sb
-	if e.ownMemory() {
-		host, err := st.hostArgsOwn(ctx)
-		if err != nil {
-			return err
-		}
-		return st.launch(ctx, host)
+	if st.own {
+		return st.startOwn(ctx)
 	}
+	sb := st.sb
 	tap, err := st.slot.OpenTap()
 	if err != nil {
 		return fmt.Errorf("open the tap device: %w", err)
@@ -216,13 +234,14 @@ func (st *starting) launch(ctx context.Context, host vmm.HostArgs) error {
 		if err != nil {
 			return fmt.Errorf("check the device state: %w", err)
 		}
-		attach := st.attach
-		if st.wholePath != "" {
-			attach = nil // nobody serves it
+		a := vmm.RestoreArgs{HostArgs: host, State: vmm.State{Spec: spec, Info: infoOf(src.manifest.VMM), File: state}, Attach: st.attach}
+		if host.MemoryFile != "" {
+			a.Attach = nil // nobody serves it
 		}
-		m, err = e.opts.Driver.Restore(ctx, vmm.RestoreArgs{
-			HostArgs: host, State: vmm.State{Spec: spec, Info: infoOf(src.manifest.VMM), File: state}, Attach: attach,
-		})
+		if st.own {
+			a.Disk = st.attachDisk
+		}
+		m, err = e.opts.Driver.Restore(ctx, a)
 		if err != nil {
 			return fmt.Errorf("restore: %w", err)
 		}
@@ -234,6 +253,11 @@ func (st *starting) launch(ctx context.Context, host vmm.HostArgs) error {
 
 // attach has the pager serve the page faults of the VMM process.
 func (st *starting) attach(ctx context.Context, pid int) error {
+	if st.own {
+		if err := await(ctx, st.served.memory); err != nil {
+			return err
+		}
+	}
 	defer st.ph.part("attach")()
 	r, err := st.e.opts.Pager.AttachMemory(ctx, connect.NewRequest(&pagerv1.AttachMemoryRequest{SandboxId: st.sb.id(), Pid: int32(pid)}))
 	if err == nil {
@@ -245,7 +269,7 @@ func (st *starting) attach(ctx context.Context, pid int) error {
 func (st *starting) recordVM(context.Context) error {
 	vm := st.machine.Record()
 	st.rec.VM = &vm
-	return st.sb.update(func(j *journal) { j.Run = &st.rec })
+	return st.sb.update(func(j *journal) { j.Run = st.record() })
 }
 
 func (st *starting) letRun(ctx context.Context) error {
@@ -285,34 +309,41 @@ func (st *starting) trust(ctx context.Context) error {
 
 func (st *starting) recordRunning(context.Context) error {
 	now := st.e.opts.Now().UTC()
-	return st.sb.update(func(j *journal) { j.State, j.Error, j.StartedAt, j.Run = Running, "", &now, &st.rec })
+	return st.sb.update(func(j *journal) { j.State, j.Error, j.StartedAt, j.Run = Running, "", &now, st.record() })
 }
 
 // prepare makes the pager serve disk and memory, and opens the guest's RAM as
 // a file for the VMM process.
 func (st *starting) prepare(ctx context.Context) error {
 	e, sb, rec := st.e, st.sb, &st.rec
-	g, gctx := errgroup.WithContext(ctx)
+	// Pushed before the outcome is known: the pager may have done what it did
+	// not get to say, and releasing what is not there is fine.
+	st.c.push(func(ctx context.Context) error { return e.stopServing(ctx, sb) })
+	// A call that is given up may be carried out after what undoes it.
+	ctx = context.WithoutCancel(ctx)
+	var g errgroup.Group
 	g.Go(func() error {
-		_, err := e.opts.Pager.ServeDisk(gctx, connect.NewRequest(&pagerv1.ServeDiskRequest{
+		_, err := e.opts.Pager.ServeDisk(ctx, connect.NewRequest(&pagerv1.ServeDiskRequest{
 			SandboxId: sb.id(), ImageId: rec.DiskImage.String(),
 			OverlayPath: sb.path(overlayName), SocketPath: sb.path(diskSocket),
 		}))
 		if err != nil {
 			return fmt.Errorf("serve the disk: %w", err)
 		}
+		close(st.served.disk)
 		return nil
 	})
 	g.Go(func() (err error) {
-		if e.ownMemory() {
-			return st.prepareOwn(gctx)
+		if st.own {
+			err = st.prepareOwn(ctx)
+		} else {
+			st.memory, err = e.prepareMemory(ctx, sb, rec.MemoryImage, st.src.keepWarm)
 		}
-		st.memory, err = e.prepareMemory(gctx, sb, rec.MemoryImage, st.src.keepWarm)
+		if err == nil {
+			close(st.served.memory)
+		}
 		return err
 	})
-	// Pushed before the outcome is known: the pager may have done what it did
-	// not get to say, and releasing what is not there is fine.
-	st.c.push(func(ctx context.Context) error { return e.stopServing(ctx, sb) })
 	return g.Wait()
 }
 

@@ -85,7 +85,7 @@ type OpSteps struct {
 func Steps(ownMemory bool) []OpSteps {
 	e := &Engine{}
 	sb := &sandbox{}
-	st := &starting{e: e, sb: sb}
+	st := &starting{e: e, sb: sb, own: ownMemory}
 	cp := &capturing{e: e, sb: sb, own: ownMemory}
 	return []OpSteps{
 		listed(OpCreate, st.createSteps()),

@@ -172,20 +172,88 @@ func TestReleaseWithinTheWindow(t *testing.T) {
 	}
 }
 
+// ahead waits until what a start in copy mode needs lies in its memory.
+func (r *rig) ahead(id string) {
+	r.t.Helper()
+	g := r.srv.guests[id]
+	g.mu.Lock()
+	m := g.memory
+	g.mu.Unlock()
+	<-m.handover.done
+	m.putting.Wait()
+}
+
+// TestCopiedMemoryIsPutAhead: what one start needed lies in the memory of the
+// next one before that faults on it; what that misses is added.
 func TestCopiedMemoryIsPutAhead(t *testing.T) {
 	r := newRig(t, 4)
 	v := r.copied("a")
 	r.peek(v, 30, 2)
 	r.over("a")
-	first := r.order()
-	if !slices.Equal(first, []uint32{30, 2}) {
-		t.Fatalf("recorded %v", first)
+	v.kill()
+	r.release("a")
+	if got := r.order(); !slices.Equal(got, []uint32{30, 2}) {
+		t.Fatalf("recorded %v", got)
 	}
-	w := r.copied("b")
-	w.wantSum(r.content)
-	r.over("b")
-	if got := r.order(); !slices.Equal(got, first) {
-		t.Errorf("order became %v", got)
+	for n, want := range [][]uint32{{30, 2, 20}, {30, 2, 20}} {
+		id := fmt.Sprintf("b%d", n)
+		v = r.copied(id)
+		r.ahead(id)
+		r.peek(v, 2, 30)
+		if st := r.stats(id); st.Faults != 0 {
+			t.Errorf("start %d faults %d times on what was put ahead", n, st.Faults)
+		}
+		r.peek(v, 20)
+		r.over(id)
+		if got := r.order(); !slices.Equal(got, want) {
+			t.Errorf("after start %d the order is %v, want %v", n, got, want)
+		}
+		v.kill()
+		r.release(id)
+	}
+	if n := len(r.srv.stages); n != 0 {
+		t.Errorf("data for %d VMs lie here still", n)
+	}
+}
+
+// TestNothingStaysOfAStartThatNeverCame: no memory, and the next one is served.
+func TestNothingStaysOfAStartThatNeverCame(t *testing.T) {
+	r := newRig(t, 4)
+	must(t, r.srv.orders.save(uffd.Order{Image: r.image, ClusterSize: cluster, Clusters: []uint32{1, 2}}))
+	for n := range 2 * stageMost {
+		id := fmt.Sprintf("s%d", n)
+		r.prepareCopy(id)
+		<-r.srv.guests[id].memory.staging.done
+	}
+	if n := len(r.srv.stages); n != stageMost {
+		t.Errorf("data for %d VMs lie here, want %d", n, stageMost)
+	}
+	for n := range 2 * stageMost {
+		r.release(fmt.Sprintf("s%d", n))
+	}
+	if n := len(r.srv.stages); n != 0 {
+		t.Errorf("data for %d VMs lie here still", n)
+	}
+	v := r.copied("a")
+	v.wantSum(r.content)
+}
+
+// TestAnOrderOfCopyModeIsBounded: one that would grow too long begins anew.
+func TestAnOrderOfCopyModeIsBounded(t *testing.T) {
+	r := newRig(t, 1)
+	long := make([]uint32, maxCopied)
+	for i := range long {
+		long[i] = uint32(i)
+	}
+	m := &memory{image: &image{id: r.image}, staging: &staging{order: long}}
+	must(t, r.srv.learnCopy(m, []uint32{3, 5000, 9}))
+	if got := r.order(); !slices.Equal(got, []uint32{5000}) {
+		t.Errorf("it is %d long and begins with %v", len(got), got[:min(len(got), 3)])
+	}
+	m.staging.order = nil
+	must(t, r.srv.learnCopy(m, append(long, 7000)))
+	if got := r.order(); !slices.Equal(got, long) {
+		t.Errorf("it is %d long", len(got))
 	}
 }
 

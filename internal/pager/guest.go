@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -23,6 +24,18 @@ type memory struct {
 	whole    string      // the file that the VM maps, in place of both
 	window   *time.Timer // ends when its start is over; nil if nobody asks
 	learned  bool        // what its start needed is stored, or will not be
+	// staging is what is read ahead in copy mode; putting puts it into the VM.
+	staging *staging
+	putting sync.WaitGroup
+}
+
+// stopAhead ends the reading ahead in copy mode, once nothing is attached.
+func (s *Server) stopAhead(m *memory) {
+	if m.staging != nil {
+		m.staging.stop()
+		m.putting.Wait()
+		s.drop(m.staging)
+	}
 }
 
 func (m *memory) record() *memoryRecord {
@@ -89,6 +102,7 @@ func (s *Server) openMemory(ctx context.Context, id format.ID, req *pagerv1.Prep
 		if m.handover, err = newHandover(copyRecord{SocketPath: req.SocketPath}, s.opts.SocketGID); err != nil {
 			return nil, errors.Join(err, s.images.release(m.image))
 		}
+		m.staging = s.stage(m.image)
 	}
 	return m, nil
 }
@@ -170,6 +184,7 @@ func (s *Server) ReleaseMemory(_ context.Context, req *connect.Request[pagerv1.R
 				return nil, wireError(err)
 			}
 		}
+		s.stopAhead(g.memory)
 		if g.memory.handover != nil {
 			err = g.memory.handover.close()
 		}

@@ -227,6 +227,6 @@ func (s *Server) expectAgain(r record, g *guest) error {
 	if err != nil {
 		return errors.Join(err, peer.Kill(), s.images.release(i))
 	}
-	g.memory = &memory{image: i, keep: r.Memory.KeepWarm, handover: h}
+	g.memory = &memory{image: i, keep: r.Memory.KeepWarm, handover: h, staging: s.stage(i)}
 	return s.expect(r.SandboxID, g, pid)
 }

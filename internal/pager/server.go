@@ -85,6 +85,8 @@ type Server struct {
 	orders orders
 
 	short atomic.Bool // of disk: see Options.Reserve
+	// stages has an entry for each VM in copy mode for which data lie here.
+	stages chan struct{}
 
 	mu      sync.Mutex
 	totals  totals
@@ -139,6 +141,7 @@ func New(opts Options) (*Server, error) {
 		fatal:  map[string]string{},
 		waits:  map[string]time.Time{},
 		orders: orders{opts.OrderDir},
+		stages: make(chan struct{}, stageMost),
 	}
 	s.images = &images{
 		store: opts.Store, limit: opts.WarmBytes, byID: map[format.ID]*image{}, readAhead: s.readAhead,
@@ -336,6 +339,11 @@ func (s *Server) Close() error {
 		}
 	}
 	s.faults.Close()
+	for _, g := range guests {
+		if g.memory != nil {
+			s.stopAhead(g.memory)
+		}
+	}
 	s.images.stopReading()
 	return errors.Join(append(errs, s.images.dropWarm())...)
 }

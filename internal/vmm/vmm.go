@@ -116,6 +116,17 @@ type HostArgs struct {
 	// (see Capabilities.ConsoleLimit). Empty: Dir/console.log. An existing
 	// file is appended to.
 	ConsolePath string
+	// Part, if not nil, is told when a part of the start begins, and what it
+	// returns is called when that has ended. Parts may overlap.
+	Part func(name string) func()
+}
+
+// Begin tells Part, if there is one.
+func (h HostArgs) Begin(part string) (end func()) {
+	if h.Part == nil {
+		return func() {}
+	}
+	return h.Part(part)
 }
 
 // BootArgs describe a machine to be started from a kernel.
@@ -146,8 +157,13 @@ type RestoreArgs struct {
 	// Attach is called when the process has mapped guest RAM and before it
 	// has touched any of it: this is where a pager makes the mapping private
 	// and begins to serve its faults. Nil: the file holds all the bytes.
-	// An error ends the restore.
+	// An error ends the restore. A driver with OwnMemory calls it while its
+	// process gets ready.
 	Attach func(ctx context.Context, pid int) error
+	// Disk, in place of HostArgs.DiskDevice, brings the disk and tells its
+	// device, or none; it is called while the process gets ready. Nil: the disk
+	// is there.
+	Disk func(ctx context.Context) (device string, err error)
 }
 
 // Record is all that is needed to adopt a live machine: the caller keeps it

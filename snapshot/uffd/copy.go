@@ -204,16 +204,9 @@ func (v *served) zeroRange(addr uint64, length int64) error {
 // before it faults on them, as Prefetch does for a shared image, and returns
 // how many bytes it put there.
 func (s *Server) PrefetchCopy(ctx context.Context, id string, clusters []uint32) (int64, error) {
-	v, err := s.find(id)
+	v, err := s.enterCopy(id)
 	if err != nil {
 		return 0, err
-	}
-	if v.pages == nil {
-		return 0, fmt.Errorf("uffd: attachment %q shares an image", id)
-	}
-	// As a fault does: the descriptor must outlast us.
-	if !v.enter() {
-		return 0, fmt.Errorf("uffd: attachment %q is being removed", id)
 	}
 	defer v.inflight.Done()
 	size := int64(s.o.ClusterSize)

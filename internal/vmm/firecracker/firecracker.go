@@ -235,17 +235,20 @@ func (d *Driver) restore(ctx context.Context, h host, a vmm.RestoreArgs) (*machi
 	if err != nil {
 		return nil, err
 	}
-	m, err := l.startAndAttach(ctx, a.Attach)
+	l.attach, l.disk = a.Attach, a.Disk
+	m, err := l.start(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, m.abandon(err)
 	}
+	loaded := a.Begin("vmm_load")
 	err = m.api.load(ctx, h.version, state, backend, memory)
 	if err == nil {
 		err = checkSpec(ctx, m.api, a.State.Spec)
 	}
+	loaded()
 	if err != nil {
 		return nil, m.abandon(err)
 	}

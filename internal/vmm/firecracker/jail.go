@@ -99,16 +99,13 @@ func sweepCgroups() {
 
 // node makes the disk's device node in the jail: the same path for every
 // machine, another device behind each.
-func (l *launch) node() error {
-	if l.args.DiskDevice == "" {
-		return nil
-	}
+func (l *launch) node(device string) error {
 	var st unix.Stat_t
-	if err := unix.Stat(l.args.DiskDevice, &st); err != nil {
+	if err := unix.Stat(device, &st); err != nil {
 		return fmt.Errorf("disk_device: %w", err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
-		return fmt.Errorf("disk_device: %s is no block device", l.args.DiskDevice)
+		return fmt.Errorf("disk_device: %s is no block device", device)
 	}
 	dir := filepath.Join(l.root, driveDir)
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -24,6 +25,7 @@ const (
 	pagesName  = "pages.sock"
 	memoryName = "memory"
 	logName    = "firecracker.log"
+	lateName   = "disk" // the link to a disk that came late
 )
 
 // launch is one process to be started.
@@ -36,6 +38,10 @@ type launch struct {
 	root string
 	// lent is a file of the host that a jail gets at its memoryName.
 	lent string
+	// attach and disk, not nil, bring what the process is started without: see
+	// vmm.RestoreArgs.
+	attach func(ctx context.Context, pid int) error
+	disk   func(ctx context.Context) (device string, err error)
 }
 
 func newLaunch(o Options, h host, a vmm.HostArgs, s vmm.Spec) (*launch, error) {
@@ -157,11 +163,7 @@ func (l *launch) forget(names ...string) {
 }
 
 // start runs Firecracker and shakes hands. On failure no process is left.
-func (l *launch) start(ctx context.Context) (*machine, error) { return l.startAndAttach(ctx, nil) }
-
-// startAndAttach is start, and has attach, if not nil, called with the process
-// while that gets ready.
-func (l *launch) startAndAttach(ctx context.Context, attach func(context.Context, int) error) (_ *machine, err error) {
+func (l *launch) start(ctx context.Context) (_ *machine, err error) {
 	stderrPath := filepath.Join(l.args.Dir, logName)
 	if err := os.Remove(stderrPath); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("removing an old log: %w", err)
@@ -195,6 +197,7 @@ func (l *launch) startAndAttach(ctx context.Context, attach func(context.Context
 	if err != nil {
 		return nil, err
 	}
+	answers := l.args.Begin("vmm_process")
 	p, err := l.process(out, stderr)
 	if err != nil {
 		return nil, err
@@ -205,24 +208,71 @@ func (l *launch) startAndAttach(ctx context.Context, attach func(context.Context
 		Control: filepath.Join(l.root, apiName), ConsolePath: l.args.ConsolePath, StderrPath: stderrPath,
 		MemoryFD: -1, UffdDevFD: -1, Spec: l.spec, Info: l.host.info,
 	}, p, pumps, l.o)
-	attached := make(chan error, 1)
-	go func() {
-		var err error
-		if attach != nil {
-			if err = attach(ctx, p.PID()); err != nil {
-				err = fmt.Errorf("attaching the memory: %w", err)
-			}
-		}
-		attached <- err
-	}()
+	late, cancel := context.WithCancel(ctx)
+	defer cancel()
+	brought := make(chan error, 1)
+	go func() { brought <- l.bring(late, p.PID()) }()
 	v, err := m.api.await(ctx, p.Done())
+	answers()
 	if err == nil && v != l.host.version {
 		err = fmt.Errorf("firecracker %s answers, %s was probed", v, l.host.version)
 	}
-	if err = errors.Join(err, <-attached); err != nil {
+	if err != nil {
+		cancel() // what is brought would be for nobody
+		<-brought
+	} else {
+		err = <-brought
+	}
+	if err != nil {
 		return nil, m.abandon(err)
 	}
 	return m, nil
+}
+
+// bring has brought what the process is started without: who serves its memory
+// knows it, and its disk is there.
+func (l *launch) bring(ctx context.Context, pid int) error {
+	var attached, placed error
+	var wg sync.WaitGroup
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if l.attach != nil {
+		wg.Go(func() {
+			if attached = l.attach(ctx, pid); attached != nil {
+				cancel()
+				attached = fmt.Errorf("attaching the memory: %w", attached)
+			}
+		})
+	}
+	if l.disk != nil {
+		wg.Go(func() {
+			device, err := l.disk(ctx)
+			if err == nil {
+				err = l.place(device)
+			}
+			if err != nil {
+				cancel()
+				placed = fmt.Errorf("bringing the disk: %w", err)
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(attached, placed)
+}
+
+// place puts a disk that came late where the process looks for it. No guest has
+// run in the process yet, so that nobody can have prepared the place.
+func (l *launch) place(device string) error {
+	switch {
+	case device == "":
+		return nil
+	case l.jailed():
+		return l.node(device)
+	}
+	if err := os.Symlink(device, filepath.Join(l.root, lateName)); err != nil {
+		return fmt.Errorf("linking the disk: %w", err)
+	}
+	return l.ownDevice(device)
 }
 
 // process starts the program, jailed or not.
@@ -233,8 +283,10 @@ func (l *launch) process(stdout, stderr *os.File) (*vmm.Process, error) {
 	}
 	own := []string{"--api-sock", filepath.Join(inside, apiName), "--log-path", filepath.Join(inside, logFifoName), "--level", "Warn"}
 	if l.jailed() {
-		if err := l.node(); err != nil {
-			return nil, err
+		if l.args.DiskDevice != "" {
+			if err := l.node(l.args.DiskDevice); err != nil {
+				return nil, err
+			}
 		}
 		args, err := l.jailArgs()
 		if err != nil {
@@ -262,7 +314,7 @@ func (l *launch) apart(start func() (*vmm.Process, error)) (p *vmm.Process, err 
 	if l.jailed() {
 		enter = l.lend
 	}
-	if l.lent == "" && (l.jailed() || l.args.DiskDevice == "" && l.args.NetNS == "") {
+	if l.lent == "" && (l.jailed() || l.diskLink() == "" && l.args.NetNS == "") {
 		return start()
 	}
 	done := make(chan struct{})
@@ -318,7 +370,8 @@ func (l *launch) enter() error {
 			return fmt.Errorf("entering the network namespace: %w", err)
 		}
 	}
-	if l.args.DiskDevice == "" {
+	link := l.diskLink()
+	if link == "" {
 		return nil
 	}
 	if err := os.MkdirAll(driveDir, 0o755); err != nil {
@@ -330,13 +383,32 @@ func (l *launch) enter() error {
 	if err := unix.Mount("tmpfs", driveDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "size=64k,mode=755"); err != nil {
 		return fmt.Errorf("mounting %s: %w", driveDir, err)
 	}
-	if err := os.Symlink(l.args.DiskDevice, drivePath); err != nil {
+	if err := os.Symlink(link, drivePath); err != nil {
 		return fmt.Errorf("linking the disk: %w", err)
 	}
-	if l.o.UID != 0 {
-		if err := os.Chown(l.args.DiskDevice, int(l.uid()), int(l.o.GID)); err != nil {
-			return fmt.Errorf("giving the disk to Firecracker's user: %w", err)
-		}
+	if l.args.DiskDevice == "" {
+		return nil
+	}
+	return l.ownDevice(l.args.DiskDevice)
+}
+
+// diskLink is where drivePath leads outside a jail: to the disk, or where the
+// link to one will be that comes late. Empty: there is no disk.
+func (l *launch) diskLink() string {
+	if l.disk != nil {
+		return filepath.Join(l.root, lateName)
+	}
+	return l.args.DiskDevice
+}
+
+// ownDevice gives the disk itself, of which there is no node in a jail, to
+// Firecracker's user.
+func (l *launch) ownDevice(device string) error {
+	if l.o.UID == 0 {
+		return nil
+	}
+	if err := os.Chown(device, int(l.uid()), int(l.o.GID)); err != nil {
+		return fmt.Errorf("giving the disk to Firecracker's user: %w", err)
 	}
 	return nil
 }

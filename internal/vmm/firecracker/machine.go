@@ -185,11 +185,11 @@ func (m *machine) isClosed() bool {
 }
 
 func (m *machine) Pause(ctx context.Context) error {
-	return m.run(ctx, "pausing", func() error { return m.api.become(ctx, "Paused") })
+	return m.run(ctx, "pausing", func() error { return m.api.become(ctx, statePaused) })
 }
 
 func (m *machine) Continue(ctx context.Context) error {
-	return m.run(ctx, "continuing", func() error { return m.api.become(ctx, "Running") })
+	return m.run(ctx, "continuing", func() error { return m.api.become(ctx, stateRunning) })
 }
 
 // SaveState implements vmm.Machine: see MemorySaver.
@@ -200,7 +200,7 @@ func (m *machine) SaveState(ctx context.Context, _ io.Writer) error {
 // Save implements vmm.MemorySaver.
 func (m *machine) Save(ctx context.Context, w io.Writer, whole bool) (memory *os.File, err error) {
 	err = m.run(ctx, "saving", func() error {
-		if err := m.api.become(ctx, "Paused"); err != nil {
+		if err := m.api.become(ctx, statePaused); err != nil {
 			return err
 		}
 		memory, err = m.save(ctx, w, whole)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -143,6 +144,64 @@ func TestFailureInAnyStepOfAStartLeavesNothing(t *testing.T) {
 	})
 }
 
+// TestADiskComesWhileTheProcessStarts: it lies where the process looks for it
+// before the state is loaded; one that cannot be had ends the start, and a
+// process that dies meanwhile ends the wait for it.
+func TestADiskComesWhileTheProcessStarts(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("skipped: a mount namespace of its own needs root")
+	}
+	f := newFailing(t)
+	state := filepath.Join(f.dir, "state")
+	good, err := f.boot(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := os.Create(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	memory, err := good.(vmm.MemorySaver).Save(t.Context(), w, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory.Close()
+	if err := good.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	restore := func(disk func(context.Context) (string, error)) (vmm.Machine, error) {
+		return f.Restore(t.Context(), vmm.RestoreArgs{
+			HostArgs: vmm.HostArgs{ID: "fails", Dir: f.dir, MemorySocket: filepath.Join(f.dir, "pages.sock")},
+			State:    vmm.State{Spec: failSpec, Info: f.host.info, File: state}, Disk: disk,
+		})
+	}
+	m, err := restore(func(context.Context) (string, error) { return "/dev/null", nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if to, err := os.Readlink(filepath.Join(f.dir, "vm", lateName)); err != nil || to != "/dev/null" {
+		t.Errorf("the link that came late leads to %q, %v", to, err)
+	}
+	if to, err := os.Readlink(fmt.Sprintf("/proc/%d/root%s", m.PID(), drivePath)); err != nil || to != filepath.Join(f.dir, "vm", lateName) {
+		t.Errorf("the process's disk leads to %q, %v", to, err)
+	}
+	if err := m.Kill(t.Context()); err != nil {
+		t.Error(err)
+	}
+	none := errors.New("there is no device")
+	if _, err := restore(func(context.Context) (string, error) { return "", none }); !errors.Is(err, none) {
+		t.Errorf("without a device: %v", err)
+	}
+	f.program.Fail(t, "GET /version", fctest.Die)
+	if _, err := restore(func(ctx context.Context) (string, error) { <-ctx.Done(); return "", ctx.Err() }); err == nil || !strings.Contains(err.Error(), fctest.LastWords) {
+		t.Errorf("of a process that died meanwhile: %v", err)
+	}
+	if left := f.program.Living(t); len(left) != 0 {
+		t.Errorf("processes %v are left", left)
+	}
+}
+
 // TestFailureInAnyStepOfASave: one that goes on living is whole and can be let
 // run and saved again; one that died says so; nothing of the save is left.
 func TestFailureInAnyStepOfASave(t *testing.T) {
@@ -151,6 +210,9 @@ func TestFailureInAnyStepOfASave(t *testing.T) {
 		m, err := f.boot(t.Context())
 		if err != nil {
 			t.Fatal(err)
+		}
+		if step == "GET /" {
+			m.(*machine).api.known = "" // as after an adoption
 		}
 		defer func() { _ = m.Kill(context.Background()) }()
 		f.program.Fail(t, step, kind)

@@ -29,6 +29,7 @@ type Server struct {
 	config config
 	kernel bool
 	state  string // empty: not started
+	memory []byte // of a machine that was loaded from a server of pages
 }
 
 type config struct {
@@ -155,6 +156,9 @@ func (s *Server) change(body []byte) error {
 		return errEarly
 	}
 	s.state = next
+	if next == running && s.memory != nil && s.memory[touched] == 0 {
+		return errors.New("the memory is lost")
+	}
 	return nil
 }
 
@@ -192,7 +196,7 @@ func (s *Server) create(body []byte) error {
 	if err != nil {
 		return fmt.Errorf("Create snapshot error: %w", err)
 	}
-	_, err = f.WriteAt(bytes.Repeat([]byte(c.Type), 1024), 1<<20)
+	_, err = f.WriteAt(bytes.Repeat([]byte(c.Type), 1024), touched)
 	return errors.Join(err, f.Truncate(int64(s.config.MemoryMB)<<20), f.Close())
 }
 
@@ -222,6 +226,11 @@ func (s *Server) load(body []byte) error {
 	}
 	if st, err := os.Stat(l.Backend.Path); l.Backend.Type == "File" && (err != nil || st.Size() != int64(state.Config.MemoryMB)<<20) {
 		return fmt.Errorf("Load snapshot error: the memory file: %v", err)
+	}
+	if l.Backend.Type == "Uffd" {
+		if s.memory, err = handOver(l.Backend.Path, state.Config.MemoryMB<<20); err != nil {
+			return fmt.Errorf("Load snapshot error: handing the memory over: %w", err)
+		}
 	}
 	s.config, s.state = state.Config, paused
 	return nil
