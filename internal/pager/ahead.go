@@ -239,7 +239,7 @@ func (s *Server) aheadCopy(id string, m *memory) {
 	// It ends with the attachment.
 	m.putting.Go(func() {
 		defer s.drop(a)
-		<-a.done
+		a.stop() // what was not read yet goes right into the VM
 		err := a.err
 		if a.data != nil {
 			_, perr := s.faults.PutStaged(context.Background(), id, a.data)

@@ -126,6 +126,11 @@ func TestPrefetchIntoCopiedMemory(t *testing.T) {
 	if _, _, err := srv.Stage(t.Context(), newTestImage(4), []uint32{1, 64}, 1<<20); err == nil {
 		t.Error("staged a cluster beyond the image")
 	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if st, left, err := srv.Stage(ended, newTestImage(4), all, 1<<20); err != nil || st.Bytes() != 0 || !slices.Equal(left, all) {
+		t.Errorf("staged %d bytes after the end, left %v, %v", st.Bytes(), left, err)
+	}
 }
 
 func TestEvictedPagesComeBack(t *testing.T) {

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
@@ -20,32 +19,32 @@ type stagedRun struct {
 	data []byte
 }
 
-// Stage reads clusters, in units of Options.ClusterSize, up to limit bytes of
-// them, for PutStaged. It is for the time in which a VMM is started: what is read
+// Stage reads clusters, in units of Options.ClusterSize and in the order given, up
+// to limit bytes of them, for PutStaged. It is for the time in which a VMM is
+// started: when that hands its memory over, ctx is ended, and what was read until
 // then is put into the VM at once, before its guest runs. left are the clusters
-// beyond the limit. An error hurts nobody, as with Prefetch.
+// that were not read. An error hurts nobody, as with Prefetch.
 func (s *Server) Stage(ctx context.Context, src Source, clusters []uint32, limit int64) (st *Staged, left []uint32, err error) {
 	size := int64(s.o.ClusterSize)
-	n := min(int64(len(clusters)), limit/size)
-	now := slices.Sorted(slices.Values(clusters[:n]))
+	most := int(min(int64(len(clusters)), limit/size))
 	st = &Staged{}
-	for i := 0; i < len(now); {
-		start := int64(now[i]) * size
+	for i := 0; i < most; {
+		if ctx.Err() != nil {
+			return st, clusters[i:], nil
+		}
+		start := int64(clusters[i]) * size
 		if start >= src.Size() {
-			return st, nil, fmt.Errorf("uffd: stage: cluster %d is beyond the image", now[i])
+			return st, nil, fmt.Errorf("uffd: stage: cluster %d is beyond the image", clusters[i])
 		}
-		run := size
-		for i++; i < len(now) && run < prefetchRun && int64(now[i])*size <= start+run; i++ {
-			run = int64(now[i])*size + size - start
+		n := size
+		for i++; i < most && int64(clusters[i])*size == start+n && n < putAtOnce; i++ {
+			n += size
 		}
-		if err := ctx.Err(); err != nil {
-			return st, nil, err
-		}
-		if err := st.read(src, start, min(start+run, src.Size())); err != nil {
+		if err := st.read(src, start, min(start+n, src.Size())); err != nil {
 			return st, nil, fmt.Errorf("uffd: stage: %w", err)
 		}
 	}
-	return st, clusters[n:], nil
+	return st, clusters[most:], nil
 }
 
 // read takes the data of [off, end); zeros come by fault, many at once.
