@@ -81,7 +81,7 @@ func await(ctx context.Context, ready <-chan struct{}) error {
 }
 
 // startOwn starts a VMM that opens disk and memory itself. Restored, its process
-// starts while both are being prepared.
+// starts as soon as the memory is served, while the disk is being prepared.
 func (st *starting) startOwn(ctx context.Context) error {
 	sb := st.sb
 	named, ok := st.slot.(interface{ Tap() (name, netns string) })
@@ -98,13 +98,12 @@ func (st *starting) startOwn(ctx context.Context) error {
 		return st.launch(ctx, h)
 	}
 	h.MemorySocket = sb.path(pagesSocket)
-	if st.wantsWhole { // the process is started with the file, if there will be one
-		if err := await(ctx, st.served.memory); err != nil {
-			return err
-		}
-		if st.wholePath != "" {
-			h.MemoryFile, h.MemorySocket = st.wholePath, ""
-		}
+	// A jail gets the file or the socket before its process starts.
+	if err := await(ctx, st.served.memory); err != nil {
+		return err
+	}
+	if st.wholePath != "" {
+		h.MemoryFile, h.MemorySocket = st.wholePath, ""
 	}
 	return st.launch(ctx, h)
 }

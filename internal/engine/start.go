@@ -65,12 +65,10 @@ type starting struct {
 	// own: the VMM keeps memory to itself, see own.go.
 	own    bool
 	served served
-	// wantsWhole: the VMM may map its memory from a file; wholePath is that, or
-	// empty, once the memory is served.
-	wantsWhole bool
-	wholePath  string
-	machine    vmm.Machine
-	guest      *Guest
+	// wholePath is the file that the VMM maps its memory from, or empty.
+	wholePath string
+	machine   vmm.Machine
+	guest     *Guest
 	// entered: the directory is ours. left: what a start that failed could
 	// not release.
 	entered bool
@@ -182,8 +180,7 @@ func (st *starting) recordRun(context.Context) error {
 		st.rec.KernelDigest = m.VMM.KernelDigest
 		st.rec.MemoryImage = m.Memory.ID
 		st.rec.LastMemory, st.rec.LastDisk = st.rec.MemoryImage, st.rec.DiskImage
-		st.wantsWhole = st.e.mayHaveWhole(st.sb)
-		st.rec.WholeImage = st.wantsWhole
+		st.rec.WholeImage = st.e.mayHaveWhole(st.sb)
 	}
 	return st.sb.update(func(j *journal) { j.Run = st.record() })
 }
