@@ -200,13 +200,25 @@ func (im *images) residentOf(i *image) int64 {
 	return i.resident()
 }
 
-// open are the names of the images that are open.
-func (im *images) open() map[string]bool {
+// takeUpWholes finds the files of open images that the pager before this one
+// made, and returns their names. Who began by copying pages does not map the
+// file, but the next clone may, and the last one has it removed.
+func (im *images) takeUpWholes() map[string]bool {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	names := map[string]bool{}
-	for id := range im.byID {
-		names[id.String()] = true
+	if im.wholes.dir == "" {
+		return names
+	}
+	for id, i := range im.byID {
+		if i.whole == nil {
+			if w, err := im.wholes.adopt(i); err == nil {
+				i.whole = w
+			}
+		}
+		if i.whole != nil {
+			names[id.String()] = true
+		}
 	}
 	return names
 }

@@ -153,7 +153,7 @@ func New(opts Options) (*Server, error) {
 	}
 	s.faults = faults
 	s.recover()
-	if err := s.images.wholes.sweep(s.images.open()); err != nil {
+	if err := s.images.wholes.sweep(s.images.takeUpWholes()); err != nil {
 		s.log.Error("whole images of the last pager remain", "err", err)
 	}
 	return s, nil

@@ -129,6 +129,27 @@ func TestTheNextPagerFindsWholeImages(t *testing.T) {
 	r.start() // nothing to find
 }
 
+// TestTheNextPagerTakesUpWhatCopiesDoNotMap: a clone that began to copy pages
+// before its image was whole.
+func TestTheNextPagerTakesUpWhatCopiesDoNotMap(t *testing.T) {
+	r := newRig(t, 4)
+	r.free = plenty
+	path := r.whole("a", r.image)
+	v := r.copied("b")
+	v.wantSum(r.content) // the handover is taken
+	r.release("a")
+	r.start() // the one before is as good as killed
+	if _, err := os.Stat(path); err != nil {
+		t.Fatal("the file is gone, which the next clone would map:", err)
+	}
+	v.wantSum(r.content)
+	r.release("b")
+	must(t, r.srv.LetGo())
+	if r.mounted() || len(r.files()) != 0 {
+		t.Errorf("left: %v; mounted: %v", r.files(), r.mounted())
+	}
+}
+
 // TestWhatCannotBeWholeIsCopied: a bad block, no room, no time.
 func TestWhatCannotBeWholeIsCopied(t *testing.T) {
 	t.Run("a damaged image", func(t *testing.T) {

@@ -151,6 +151,7 @@ func TestEveryDriverDoesTheWholeLifeCycle(t *testing.T) {
 	pause(t, s, workers[1].id)
 	resume(t, s, workers[1].id)
 	workers[1].check(t, s, "a clone's own pause and resume")
+	waitsForRoom(t, s, w)
 
 	for _, c := range workers {
 		c.checkSums(t, s, "at the end")
@@ -200,6 +201,36 @@ func fullDisk(t *testing.T, s *harness.Server, w *worker) {
 	resume(t, s, w.id)
 	w.check(t, s, "after room was made")
 	sh(t, s, w.id, "rm /dev/shm/large")
+}
+
+// waitsForRoom: a write of the guest that finds no room on the host's disk waits
+// for some, which is told, and a pause is refused meanwhile.
+// TestAGuestOnAFullDiskWaitsForRoom has more of it, on VMMs that take part.
+func waitsForRoom(t *testing.T, s *harness.Server, w *worker) {
+	t.Helper()
+	if os.Getenv("WRENN_TEST_OWN_MACHINE") != "1" {
+		return
+	}
+	sh(t, s, w.id, "head -c 6M /dev/urandom > /dev/shm/large")
+	empty := fill(t, s.Dir, 8<<20)
+	// The answer goes first: a Firecracker whose write waits moves no packets.
+	sh(t, s, w.id, `setsid bash -c 'sleep 3; cp /dev/shm/large large && sync large; echo "said $?" > /dev/shm/said' > /dev/null 2>&1 < /dev/null &`)
+	eventually(t, 3*time.Minute, "the log says that it waits", func() bool { return strings.HasSuffix(waitEvents(t, s, w.id), "wait") })
+	if _, err := s.PauseSandbox(timeout(t, 3*time.Minute), w.id); err == nil || !strings.Contains(err.Error(), "disk") {
+		t.Errorf("a pause while the guest waits for room: %v", err)
+	}
+	empty()
+	eventually(t, 3*time.Minute, "the write is done", func() bool {
+		f, err := s.GetFile(timeout(t, 2*time.Minute), w.id, "/dev/shm/said", "")
+		if err != nil {
+			return false
+		}
+		defer f.Close()
+		b, err := io.ReadAll(f)
+		return err == nil && string(b) == "said 0\n"
+	})
+	sh(t, s, w.id, "cmp /dev/shm/large large && rm large /dev/shm/large")
+	w.check(t, s, "after a write waited for room")
 }
 
 func processesOf(t *testing.T, s *harness.Server, workers []*worker) map[string]int {
