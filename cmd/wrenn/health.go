@@ -10,7 +10,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/control"
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/hostnet"
-	"git.omukk.dev/wrenn/sandbox/internal/pager"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 // checks are what /readyz asks of this host besides the control plane's own.
@@ -30,7 +30,7 @@ func (s *stack) checkPager(ctx context.Context) error {
 }
 
 func checkRoom(dir string, low uint64) error {
-	free, err := pager.FreeBelow(dir)
+	free, err := storage.FreeBelow(dir)
 	if err != nil {
 		return &control.Error{Code: control.CodeHostUnavailable, Message: "the state directory's file system does not answer", Err: err}
 	}
@@ -74,7 +74,7 @@ func (c hostCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge(slotsDesc, float64(l.Cleaning), "cleaning")
 	gauge(waitingDesc, float64(l.Waiting))
 	gauge(lowDesc, float64(c.low))
-	if free, err := pager.FreeBelow(c.dir); err == nil { // /readyz tells the error
+	if free, err := storage.FreeBelow(c.dir); err == nil { // /readyz tells the error
 		gauge(freeDesc, float64(free))
 	}
 }

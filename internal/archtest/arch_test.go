@@ -67,7 +67,7 @@ var rules = map[string]rule{
 
 	"internal/agent":         free("internal/engine", "internal/logctx", "snapshot", "internal/gen/"),
 	"internal/control":       free("internal/logctx", "internal/gen/hostagent/"),
-	"internal/store":         free("internal/control", "internal/templatebuild"),
+	"internal/store":         free("internal/control", "internal/templatebuild", "snapshot/storage"),
 	"internal/oci":           free(),
 	"internal/oci/ocitest":   free(),
 	"internal/templatebuild": free("internal/control", "internal/oci"),

@@ -36,6 +36,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 // Kinds of error, for errors.Is. The text of an error that wraps
@@ -188,7 +189,7 @@ func New(ctx context.Context, opts Options) (*Engine, error) {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	if opts.DiskFree == nil {
-		opts.DiskFree = func() (int64, error) { return pager.FreeBelow(opts.Dir) }
+		opts.DiskFree = func() (int64, error) { return storage.FreeBelow(opts.Dir) }
 	}
 	if opts.RetryAfter == 0 {
 		opts.RetryAfter = time.Second

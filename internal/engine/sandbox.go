@@ -2,17 +2,16 @@ package engine
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"path/filepath"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 // sandbox is one sandbox of this host.
@@ -121,17 +120,13 @@ func (sb *sandbox) settle(change func(*journal)) error {
 // crash the next engine finds what is left, which can be destroyed again.
 func (sb *sandbox) updateIfRoom(change func(*journal)) error {
 	err := sb.update(change)
-	if !noRoomOnDisk(err) {
+	if !storage.NoRoom(err) {
 		return err
 	}
 	sb.mu.Lock()
 	defer sb.mu.Unlock()
 	change(&sb.j)
 	return nil
-}
-
-func noRoomOnDisk(err error) bool {
-	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 // journal returns a copy.

@@ -148,12 +148,10 @@ func (cp *capturing) goOn(ctx context.Context) error {
 		if err = cp.r.machine.Continue(ctx); err == nil || errors.Is(err, vmm.ErrGone) {
 			return err
 		}
-	} else {
-		err = nil // it was told why already
 	}
 	cp.r.held = true
 	cp.e.tidySoon(cp.sb)
-	return err
+	return err // none where its writes wait, which was told already
 }
 
 // goOnWithRoom lets a VM run that a capture left stopped. The operation's token

@@ -2,16 +2,14 @@ package pager
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"git.omukk.dev/wrenn/sandbox/snapshot/nbd"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 // roomEvery is how often a write that waits is tried again: nobody tells when a
@@ -72,21 +70,17 @@ func (d *roomy) Zero(off, n int64) error {
 // Flush implements nbd.Device.
 func (d *roomy) Flush() error { return d.wait(d.ownedDevice.Flush) }
 
-func noRoom(err error) bool {
-	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
-}
-
 // wait does f until there is room for it. f may be done again.
 func (d *roomy) wait(f func() error) error {
 	err := f()
-	if !noRoom(err) {
+	if !storage.NoRoom(err) {
 		return err
 	}
 	yield := d.begin()
 	defer d.end()
 	tick := time.NewTicker(d.every)
 	defer tick.Stop()
-	for noRoom(err) {
+	for storage.NoRoom(err) {
 		select {
 		case <-tick.C:
 			err = f()
@@ -168,13 +162,4 @@ func (s *Server) watchRoom(ctx context.Context) {
 			return
 		}
 	}
-}
-
-// FreeBelow is the room that is left for what lies below a directory, bytes.
-func FreeBelow(dir string) (int64, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return 0, fmt.Errorf("ask for the room in %s: %w", dir, err)
-	}
-	return int64(st.Bavail) * st.Bsize, nil
 }

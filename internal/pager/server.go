@@ -38,6 +38,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1/pagerv1connect"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 	"git.omukk.dev/wrenn/sandbox/snapshot/uffd"
 )
 
@@ -126,7 +127,7 @@ func New(opts Options) (*Server, error) {
 		opts.OrderWindow = 5 * time.Second
 	}
 	if opts.DiskFree == nil {
-		opts.DiskFree = func() (int64, error) { return FreeBelow(opts.Dir) }
+		opts.DiskFree = func() (int64, error) { return storage.FreeBelow(opts.Dir) }
 	}
 	if opts.MemAvailable == nil {
 		opts.MemAvailable = memAvailable

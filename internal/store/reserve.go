@@ -4,13 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
 )
 
 const (
@@ -53,7 +54,7 @@ func openReserve(path string) (*reserve, error) {
 	}
 	r := &reserve{path: path, every: reserveEvery, size: min(st.Size, st.Blocks*512)} // a copy may be all holes
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	switch free, err := freeAt(path); {
+	switch free, err := storage.FreeBelow(filepath.Dir(path)); {
 	case err != nil:
 		return nil, err
 	case free < reservePart:
@@ -114,7 +115,7 @@ func (r *reserve) fill() bool {
 		r.filling = false
 		return true
 	}
-	if free, err := freeAt(r.path); err != nil || free < 2*reserveSize {
+	if free, err := storage.FreeBelow(filepath.Dir(r.path)); err != nil || free < 2*reserveSize {
 		return false
 	}
 	if err := allocate(r.path, reserveSize); err != nil {
@@ -149,17 +150,4 @@ func allocate(path string, n int64) error {
 		}
 	}
 	return err
-}
-
-// freeAt is the room, bytes, on the disk of a path for those who are not root.
-func freeAt(path string) (int64, error) {
-	var st unix.Statfs_t
-	err := unix.Statfs(path, &st)
-	if errors.Is(err, fs.ErrNotExist) {
-		err = unix.Statfs(filepath.Dir(path), &st)
-	}
-	if err != nil {
-		return 0, fmt.Errorf("ask for the free room beside the database: %w", err)
-	}
-	return int64(st.Bavail) * st.Bsize, nil
 }

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"path"
 	"sync"
-	"syscall"
 
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 	"git.omukk.dev/wrenn/sandbox/snapshot/storage"
@@ -303,7 +302,7 @@ func (o *Overlay) Flush() error {
 	pages := o.m.takeDirty()
 	err := o.data.Sync()
 	if err == nil {
-		if err = o.m.write(pages); isNoRoom(err) {
+		if err = o.m.write(pages); storage.NoRoom(err) {
 			o.m.putBack(pages)
 			return fmt.Errorf("flush overlay: %w", err)
 		}
@@ -313,15 +312,11 @@ func (o *Overlay) Flush() error {
 	}
 	if err != nil {
 		o.failed = fmt.Errorf("flush overlay: %w", err)
-		if isNoRoom(err) {
+		if storage.NoRoom(err) {
 			o.failed = fmt.Errorf("flush overlay: %v", err) // not wrapped: see above
 		}
 	}
 	return o.failed
-}
-
-func isNoRoom(err error) bool {
-	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 // Close closes the files without flushing them: what was acknowledged is in
