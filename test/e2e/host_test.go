@@ -30,10 +30,15 @@ type host struct {
 	files       map[string]bool
 	descriptors map[string]int // of server and pager together, by kind
 	sockets     int
+	database    int // descriptors of it
 }
 
-// look takes stock. Descriptors of sockets are counted apart: connections of
-// clients come and go.
+// mostDatabase is what the store's eight connections hold at most: they are made
+// as they are needed at once, and kept.
+const mostDatabase = 8 * 3
+
+// look takes stock. Descriptors of sockets and of the database are counted
+// apart: connections come and go.
 func look(t *testing.T, s *harness.Server) host {
 	t.Helper()
 	h := host{processes: map[int]bool{}, files: map[string]bool{}, descriptors: map[string]int{}, links: linksOf(t)}
@@ -46,6 +51,8 @@ func look(t *testing.T, s *harness.Server) host {
 			case err != nil: // closed meanwhile
 			case kind == "socket:":
 				h.sockets++
+			case kind == "database":
+				h.database++
 			default:
 				h.descriptors[kind]++
 			}
@@ -112,6 +119,8 @@ func (h host) differs(now host) string {
 	// Idle connections of clients; twenty cycles that lost one each would show.
 	case now.sockets > h.sockets+10:
 		return fmt.Sprintf("%d sockets, were %d", now.sockets, h.sockets)
+	case now.database > mostDatabase:
+		return fmt.Sprintf("%d descriptors of the database, at most %d", now.database, mostDatabase)
 	}
 	return ""
 }
