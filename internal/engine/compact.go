@@ -71,7 +71,7 @@ func (c *compacting) steps() []step {
 				return nil
 			}
 			// New clones share the new image, so the old one need not be kept warm.
-			return c.e.dropImage(ctx, c.id)
+			return c.e.dropImage(ctx, c.id, c.r.To)
 		}},
 		{name: "sweep", do: func(ctx context.Context) error {
 			if c.r.To == c.id {

@@ -75,17 +75,24 @@ func (sw *sweeping) dropImages(ctx context.Context) error {
 	}
 	var errs []error
 	for _, id := range append(sw.r.Images, sw.r.Headers...) {
-		errs = append(errs, sw.e.dropImage(ctx, id))
+		errs = append(errs, sw.e.dropImage(ctx, id, format.ID{}))
 	}
 	return errors.Join(errs...)
 }
 
 // dropImage has the pager forget an image that no new sandbox starts from, and
-// what it learned of its starts.
-func (e *Engine) dropImage(ctx context.Context, id format.ID) error {
-	_, err := e.opts.Pager.DropImage(ctx, connect.NewRequest(&pagerv1.DropImageRequest{ImageId: id.String()}))
-	if err != nil {
+// give what it learned of its starts to the successor, unless that is zero.
+func (e *Engine) dropImage(ctx context.Context, id, successor format.ID) error {
+	req := &pagerv1.DropImageRequest{ImageId: id.String(), SuccessorImageId: optionalID(successor)}
+	if _, err := e.opts.Pager.DropImage(ctx, connect.NewRequest(req)); err != nil {
 		return fmt.Errorf("have the pager forget image %s: %w", id, err)
 	}
 	return nil
+}
+
+func optionalID(id format.ID) string {
+	if id.IsZero() {
+		return ""
+	}
+	return id.String()
 }

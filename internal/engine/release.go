@@ -102,10 +102,7 @@ func (e *Engine) killLeftover(ctx context.Context, sb *sandbox, rec *runRecord) 
 }
 
 func (e *Engine) releaseMemory(ctx context.Context, sb *sandbox, successor format.ID) error {
-	req := &pagerv1.ReleaseMemoryRequest{SandboxId: sb.id()}
-	if !successor.IsZero() {
-		req.SuccessorImageId = successor.String()
-	}
+	req := &pagerv1.ReleaseMemoryRequest{SandboxId: sb.id(), SuccessorImageId: optionalID(successor)}
 	_, err := e.opts.Pager.ReleaseMemory(ctx, connect.NewRequest(req))
 	return wrap("release the memory", err)
 }

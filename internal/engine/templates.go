@@ -269,7 +269,7 @@ func (d *deleting) steps() []step {
 			if memory.IsZero() {
 				return nil
 			}
-			return d.e.dropImage(ctx, memory)
+			return d.e.dropImage(ctx, memory, format.ID{})
 		}},
 		{name: "sweep", do: d.e.sweep},
 	}

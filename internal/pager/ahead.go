@@ -39,6 +39,9 @@ func (o orders) load(id, parent format.ID, clusterSize int) ([]uint32, error) {
 		return nil, nil
 	}
 	for _, from := range []format.ID{id, parent} {
+		if from.IsZero() {
+			continue
+		}
 		b, err := os.ReadFile(o.path(from))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -310,14 +313,15 @@ func (s *Server) learnShared(id string, m *memory, touched []uint32) (err error)
 	return s.orders.save(uffd.Order{Image: m.image.id, ClusterSize: s.faults.ClusterSize(), Clusters: used[:min(len(used), maxAhead)]})
 }
 
-// passOn gives what starts of an image need to the one that was captured from
-// it: the older may be removed before the younger was ever started.
-func (s *Server) passOn(from *image, to format.ID) {
-	if to.IsZero() || from.source == nil {
+// passOn gives what starts of an image, whose parent that is, need to its
+// successor, captured from it or of the same content: the older may be removed
+// before the younger was ever started.
+func (s *Server) passOn(from, parent, to format.ID) {
+	if to.IsZero() {
 		return
 	}
 	size := s.faults.ClusterSize()
-	clusters, err := s.orders.load(from.id, from.source.Header().Parent, size)
+	clusters, err := s.orders.load(from, parent, size)
 	if err == nil && len(clusters) > 0 {
 		err = s.orders.save(uffd.Order{Image: to, ClusterSize: size, Clusters: clusters})
 	}

@@ -131,6 +131,21 @@ func TestAPausePassesTheOrderOn(t *testing.T) {
 	if connect.CodeOf(err) != connect.CodeInvalidArgument {
 		t.Errorf("a successor that is no ID: %v", err)
 	}
+	// So does a compaction, which makes another image of the same content.
+	compacted := format.ID{10}
+	_, err = call(r.srv.DropImage, &pagerv1.DropImageRequest{ImageId: successor.String(), SuccessorImageId: compacted.String()})
+	must(t, err)
+	got, err = r.srv.orders.load(compacted, format.ID{}, cluster)
+	if err != nil || !slices.Equal(got, []uint32{7, 3}) {
+		t.Errorf("the order of a compacted image is %v, %v", got, err)
+	}
+	if got, err := r.srv.orders.load(successor, format.ID{}, cluster); err != nil || got != nil {
+		t.Errorf("the order of a dropped image is %v, %v", got, err)
+	}
+	_, err = call(r.srv.DropImage, &pagerv1.DropImageRequest{ImageId: compacted.String(), SuccessorImageId: "?"})
+	if connect.CodeOf(err) != connect.CodeInvalidArgument {
+		t.Errorf("a successor that is no ID: %v", err)
+	}
 }
 
 func TestDamagedOrderIsAsIfLost(t *testing.T) {

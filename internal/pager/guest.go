@@ -156,12 +156,9 @@ func (s *Server) AttachMemory(ctx context.Context, req *connect.Request[pagerv1.
 // ReleaseMemory implements pager.v1.
 func (s *Server) ReleaseMemory(_ context.Context, req *connect.Request[pagerv1.ReleaseMemoryRequest]) (*connect.Response[pagerv1.ReleaseMemoryResponse], error) {
 	id := req.Msg.SandboxId
-	var successor format.ID
-	if to := req.Msg.SuccessorImageId; to != "" {
-		var err error
-		if successor, err = parseImageID(to); err != nil {
-			return nil, err
-		}
+	successor, err := parseSuccessor(req.Msg.SuccessorImageId)
+	if err != nil {
+		return nil, err
 	}
 	g, err := s.guestFor(id)
 	if err != nil {
@@ -178,7 +175,9 @@ func (s *Server) ReleaseMemory(_ context.Context, req *connect.Request[pagerv1.R
 	}
 	if g.memory != nil {
 		s.learn(id, g.memory)
-		s.passOn(g.memory.image, successor)
+		if from := g.memory.image; from.source != nil {
+			s.passOn(from.id, from.source.Header().Parent, successor)
+		}
 		if g.memory.attached != nil {
 			if err := s.faults.Remove(id); err != nil {
 				return nil, wireError(err)
@@ -206,10 +205,27 @@ func (s *Server) DropImage(_ context.Context, req *connect.Request[pagerv1.DropI
 	if err != nil {
 		return nil, err
 	}
+	successor, err := parseSuccessor(req.Msg.SuccessorImageId)
+	if err != nil {
+		return nil, err
+	}
+	s.passOn(id, format.ID{}, successor)
 	if err := errors.Join(s.images.forget(id), s.orders.remove(id)); err != nil {
 		return nil, wireError(err)
 	}
 	return connect.NewResponse(&pagerv1.DropImageResponse{}), nil
+}
+
+// parseSuccessor is parseImageID for an image that there need not be.
+func parseSuccessor(s string) (format.ID, error) {
+	if s == "" {
+		return format.ID{}, nil
+	}
+	id, err := format.ParseID(s)
+	if err != nil {
+		err = connect.NewError(connect.CodeInvalidArgument, fmt.Errorf("successor_image_id %q: %w", s, err))
+	}
+	return id, err
 }
 
 func parseImageID(s string) (format.ID, error) {

@@ -35,6 +35,7 @@ type Pager struct {
 	memory map[string]*os.File
 	disks  map[string]*disk
 	waits  map[string]int64 // since when, by sandbox
+	orders map[string]bool  // images of which it is known what starts need
 }
 
 type disk struct {
@@ -45,7 +46,7 @@ type disk struct {
 }
 
 func newPager(t testing.TB, h *Host) *Pager {
-	p := &Pager{host: h, memory: map[string]*os.File{}, disks: map[string]*disk{}, waits: map[string]int64{}}
+	p := &Pager{host: h, memory: map[string]*os.File{}, disks: map[string]*disk{}, waits: map[string]int64{}, orders: map[string]bool{}}
 	mux := http.NewServeMux()
 	mux.Handle(pagerv1connect.NewPagerServiceHandler(p))
 	sock := filepath.Join(h.Dir, "pager.sock")
@@ -204,6 +205,9 @@ func (p *Pager) ReleaseMemory(_ context.Context, req *connect.Request[pagerv1.Re
 	if f := p.memory[req.Msg.SandboxId]; f != nil {
 		f.Close()
 		delete(p.memory, req.Msg.SandboxId)
+		if to := req.Msg.SuccessorImageId; to != "" {
+			p.orders[to] = true
+		}
 	}
 	return connect.NewResponse(&pagerv1.ReleaseMemoryResponse{}), nil
 }
@@ -304,8 +308,21 @@ func (p *Pager) YieldDisk(_ context.Context, req *connect.Request[pagerv1.YieldD
 	return connect.NewResponse(&pagerv1.YieldDiskResponse{Waiting: waits}), nil
 }
 
-// DropImage implements pager.v1; nothing is kept here.
-func (p *Pager) DropImage(context.Context, *connect.Request[pagerv1.DropImageRequest]) (*connect.Response[pagerv1.DropImageResponse], error) {
+// KnowsOrder tells whether it is known what starts of an image need.
+func (p *Pager) KnowsOrder(id format.ID) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.orders[id.String()]
+}
+
+// DropImage implements pager.v1; nothing is kept warm here.
+func (p *Pager) DropImage(_ context.Context, req *connect.Request[pagerv1.DropImageRequest]) (*connect.Response[pagerv1.DropImageResponse], error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if to := req.Msg.SuccessorImageId; to != "" && p.orders[req.Msg.ImageId] {
+		p.orders[to] = true
+	}
+	delete(p.orders, req.Msg.ImageId)
 	return connect.NewResponse(&pagerv1.DropImageResponse{}), nil
 }
 

@@ -1164,10 +1164,13 @@ func (x *YieldDiskResponse) GetWaiting() bool {
 }
 
 type DropImageRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ImageId       string                 `protobuf:"bytes,1,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	ImageId string                 `protobuf:"bytes,1,opt,name=image_id,json=imageId,proto3" json:"image_id,omitempty"`
+	// The image of the same content that has taken its place, if any: what was
+	// learned of its starts is true of that, too.
+	SuccessorImageId string `protobuf:"bytes,2,opt,name=successor_image_id,json=successorImageId,proto3" json:"successor_image_id,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *DropImageRequest) Reset() {
@@ -1203,6 +1206,13 @@ func (*DropImageRequest) Descriptor() ([]byte, []int) {
 func (x *DropImageRequest) GetImageId() string {
 	if x != nil {
 		return x.ImageId
+	}
+	return ""
+}
+
+func (x *DropImageRequest) GetSuccessorImageId() string {
+	if x != nil {
+		return x.SuccessorImageId
 	}
 	return ""
 }
@@ -1556,9 +1566,10 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x14\n" +
 	"\x05yield\x18\x02 \x01(\bR\x05yield\"-\n" +
 	"\x11YieldDiskResponse\x12\x18\n" +
-	"\awaiting\x18\x01 \x01(\bR\awaiting\"-\n" +
+	"\awaiting\x18\x01 \x01(\bR\awaiting\"[\n" +
 	"\x10DropImageRequest\x12\x19\n" +
-	"\bimage_id\x18\x01 \x01(\tR\aimageId\"\x13\n" +
+	"\bimage_id\x18\x01 \x01(\tR\aimageId\x12,\n" +
+	"\x12successor_image_id\x18\x02 \x01(\tR\x10successorImageId\"\x13\n" +
 	"\x11DropImageResponse\"0\n" +
 	"\x0fGetStatsRequest\x12\x1d\n" +
 	"\n" +

@@ -95,7 +95,8 @@ type PagerServiceClient interface {
 	// for a VMM that keeps them itself, and would otherwise wait for them as it
 	// stops.
 	YieldDisk(context.Context, *connect.Request[v1.YieldDiskRequest]) (*connect.Response[v1.YieldDiskResponse], error)
-	// DropImage forgets an image that was kept warm; in use, it stays.
+	// DropImage forgets an image that was kept warm, and what it learned of its
+	// starts; in use, it stays.
 	DropImage(context.Context, *connect.Request[v1.DropImageRequest]) (*connect.Response[v1.DropImageResponse], error)
 	// EvictMemory takes pages of images out of RAM: images without a user first,
 	// the longest unused first, then clean pages of those in use. They come back
@@ -282,7 +283,8 @@ type PagerServiceHandler interface {
 	// for a VMM that keeps them itself, and would otherwise wait for them as it
 	// stops.
 	YieldDisk(context.Context, *connect.Request[v1.YieldDiskRequest]) (*connect.Response[v1.YieldDiskResponse], error)
-	// DropImage forgets an image that was kept warm; in use, it stays.
+	// DropImage forgets an image that was kept warm, and what it learned of its
+	// starts; in use, it stays.
 	DropImage(context.Context, *connect.Request[v1.DropImageRequest]) (*connect.Response[v1.DropImageResponse], error)
 	// EvictMemory takes pages of images out of RAM: images without a user first,
 	// the longest unused first, then clean pages of those in use. They come back
