@@ -101,7 +101,7 @@ func (s *stack) firecrackerDriver(ctx context.Context, o upOptions, base templat
 	}
 	d := firecracker.New(firecracker.Options{
 		ProbeKernel: kernel, ProbeCache: firecrackerVerdict(o.dir),
-		UID: uint32(o.vmmUser), GID: uint32(o.vmmUser), Logger: s.log,
+		UID: uint32(o.vmmUser), GID: uint32(o.vmmUser), SpareDir: filepath.Join(o.dir, "spares"), Logger: s.log,
 	})
 	_, err = d.Probe(ctx)
 	return kernel, d, err

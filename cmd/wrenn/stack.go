@@ -29,6 +29,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/pager"
 	"git.omukk.dev/wrenn/sandbox/internal/store"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 )
@@ -111,12 +112,20 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 			return fmt.Errorf("let VMs' processes read the kernel: %w", err)
 		}
 	}
-	pool, err := hostnet.NewPool(ctx, hostnet.Options{Size: o.pool, Prefix: o.addresses, StateDir: o.dir, Logger: s.log})
+	slots := hostnet.Options{Size: o.pool, Prefix: o.addresses, StateDir: o.dir, Logger: s.log}
+	warmer, warms := driver.(vmm.Warmer)
+	if warms {
+		slots.Prepare, slots.Vacate = s.warm(ctx, warmer), warmer.Cool
+	}
+	pool, err := hostnet.NewPool(ctx, slots)
 	if err != nil {
 		return fmt.Errorf("prepare the sandboxes' network: %w", err)
 	}
 	s.pool = pool
 	s.push(func() error { return pool.Close(context.Background(), s.slotsInUse()) })
+	if warms {
+		s.push(warmer.Close)
+	}
 	exe, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find this program: %w", err)
@@ -165,6 +174,21 @@ func (s *stack) openHost(ctx context.Context, o upOptions, snapshots *snapshot.S
 	}
 	pruneTemplates(ctx, o.dir, s.log)
 	return nil
+}
+
+// warmTime bounds the start of a process for a network slot that is kept prepared.
+const warmTime = 30 * time.Second
+
+// warm starts VMM processes ahead, where the driver can. Without one a sandbox
+// starts its own.
+func (s *stack) warm(ctx context.Context, d vmm.Warmer) func(netns string, slot int) {
+	return func(netns string, slot int) {
+		ctx, cancel := context.WithTimeout(ctx, warmTime)
+		defer cancel()
+		if err := d.Warm(ctx, netns, slot); err != nil && ctx.Err() == nil {
+			s.log.Warn("no VMM process is started ahead", "slot", slot, "err", err)
+		}
+	}
 }
 
 // closedParent returns the first directory on the way to dir that other users

@@ -9,10 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 
-	"golang.org/x/sys/unix"
-
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/snapshot"
 	"git.omukk.dev/wrenn/sandbox/snapshot/format"
 )
@@ -95,7 +93,7 @@ func (e *Engine) enterLost(ctx context.Context, id string, why error, pause *sna
 			return fmt.Errorf("sandbox %s: read its journal from its pause: %w", id, err)
 		}
 	}
-	if pids := holders(sb.dir); len(pids) > 0 {
+	if pids := vmm.Holders(sb.dir); len(pids) > 0 {
 		// Without the journal it cannot be taken over, and what is not known
 		// is not killed. Nothing is written: a start without it thinks anew.
 		sb.stray = true
@@ -148,34 +146,4 @@ func (e *Engine) goToNewest(sb *sandbox, newest map[string]snapshot.Manifest) er
 // older tells whether a pause came after the journal was written.
 func older(j journal, m snapshot.Manifest) bool {
 	return m.ID != j.Manifest && m.ID != j.Pending && m.Generation > j.Generation
-}
-
-// holders are the VM processes that were started on a sandbox's directory.
-func holders(dir string) []int {
-	var pids []int
-	eachHolder(dir, func(pid, _ int) { pids = append(pids, pid) })
-	return pids
-}
-
-// eachHolder calls f with each VM process of a sandbox's directory and a pidfd of
-// it. They are known by their command line naming a path inside the directory,
-// which is theirs alone.
-func eachHolder(dir string, f func(pid, pidfd int)) {
-	entries, _ := os.ReadDir("/proc") // without it nothing of ours works
-	for _, entry := range entries {
-		pid, err := strconv.Atoi(entry.Name())
-		if err != nil || pid == os.Getpid() {
-			continue
-		}
-		fd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			continue
-		}
-		// Read after the pidfd was opened: what it says is of that process.
-		cmdline, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cmdline"))
-		if err == nil && (isVMMOf(string(cmdline), dir) || jailedIn(entry.Name(), dir)) {
-			f(pid, fd)
-		}
-		unix.Close(fd)
-	}
 }

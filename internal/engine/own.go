@@ -175,22 +175,6 @@ func ownMemoryOf(pid int) (int64, error) {
 	return 0, fmt.Errorf("the kernel does not tell the memory of process %d", pid)
 }
 
-// jailedIn tells whether a process's root lies below a sandbox's directory: a
-// jailed VMM's command line does not name it.
-func jailedIn(pid, dir string) bool {
-	root, err := os.Stat(filepath.Join("/proc", pid, "root"))
-	if err != nil {
-		return false
-	}
-	jails, _ := filepath.Glob(filepath.Join(dir, "jail", "*", "*", "root"))
-	for _, j := range jails {
-		if st, err := os.Stat(j); err == nil && os.SameFile(st, root) {
-			return true
-		}
-	}
-	return false
-}
-
 // removeJail removes the files of a VMM that ended while nobody had a handle on
 // it. Links in them are not followed.
 func removeJail(dir string) error {

@@ -85,7 +85,7 @@ func (e *Engine) killLeftover(ctx context.Context, sb *sandbox, rec *runRecord) 
 	if rec.VM == nil {
 		// Killed between starting the process and writing its number down:
 		// the process is found by what only it can have open.
-		return killHolders(ctx, sb.dir, e.log)
+		return vmm.KillHolders(sb.dir, e.log)
 	}
 	p, err := vmm.AdoptProcess(rec.VM.PID, rec.VM.StartTime, rec.VM.BootID)
 	if errors.Is(err, vmm.ErrGone) {

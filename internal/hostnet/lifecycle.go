@@ -88,6 +88,7 @@ func (p *Pool) reclaim(n int) {
 	p.wg.Add(1)
 	go func() {
 		defer p.wg.Done()
+		p.vacate(n)
 		err := destroy(n)
 		p.mu.Lock()
 		defer p.mu.Unlock()

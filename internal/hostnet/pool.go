@@ -41,7 +41,12 @@ type Options struct {
 	// Lookup gives a name's IPv4 addresses for guests that may reach names; nil
 	// asks as the host's own programs do.
 	Lookup func(ctx context.Context, name string) ([]netip.Addr, error)
-	Logger *slog.Logger
+	// Prepare, if not nil, is called with the namespace of a slot that is kept
+	// prepared, before anybody has it, and Vacate before a slot is taken apart
+	// that a sandbox had. Close does not call it.
+	Prepare func(netns string, index int)
+	Vacate  func(index int)
+	Logger  *slog.Logger
 }
 
 // Pool owns the slots of one state directory. Life cycle: NewPool, then Adopt
@@ -56,6 +61,9 @@ type Pool struct {
 	lock   *os.File
 	log    *slog.Logger
 	lookup func(ctx context.Context, name string) ([]netip.Addr, error)
+
+	prepare func(netns string, index int)
+	vacate  func(index int)
 
 	threads chan struct{}
 	wg      sync.WaitGroup // builds and reclaims
@@ -127,6 +135,12 @@ func newPool(o Options) (*Pool, error) {
 	if o.Lookup == nil {
 		o.Lookup = lookupAsHost
 	}
+	if o.Prepare == nil {
+		o.Prepare = func(string, int) {}
+	}
+	if o.Vacate == nil {
+		o.Vacate = func(int) {}
+	}
 	l, err := newLayout(o.Prefix)
 	if err != nil {
 		return nil, err
@@ -144,6 +158,7 @@ func newPool(o Options) (*Pool, error) {
 		return nil, errors.New("state directory is empty")
 	}
 	p := &Pool{layout: l, max: o.Max, size: o.Size, log: o.Logger, lookup: o.Lookup,
+		prepare: o.Prepare, vacate: o.Vacate,
 		threads: make(chan struct{}, maxThreads), used: map[int]*Slot{},
 		orphans: map[int]bool{}, pending: map[int]bool{}}
 	if p.owner, p.lock, err = lockStateDir(o.StateDir); err != nil {
@@ -361,6 +376,9 @@ func (p *Pool) build(n int) {
 	defer p.wg.Done()
 	start := time.Now()
 	s, err := p.create(n)
+	if err == nil && !p.awaited() {
+		p.prepare(netnsPath(n), n)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.building--
@@ -379,6 +397,13 @@ func (p *Pool) build(n int) {
 		p.failed(n, err)
 	}
 	p.schedule()
+}
+
+// awaited tells whether somebody waits for a slot, and would for its preparation.
+func (p *Pool) awaited() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.waiters) > 0
 }
 
 // failed tells the first who waits, or tries again later. Held: mu.

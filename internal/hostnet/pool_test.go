@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -70,6 +71,41 @@ func TestMaxAndCancel(t *testing.T) {
 	}
 	must(t, c.Release(ctx))
 	must(t, b.Release(ctx))
+}
+
+// TestSlotsInStockArePrepared: before anybody has one, and vacated after
+// somebody had it. Who waits for a slot does not wait for its preparation.
+func TestSlotsInStockArePrepared(t *testing.T) {
+	prepared, vacated := make(chan int, 8), make(chan int, 8)
+	o := Options{Size: 1, Max: 1, Vacate: func(n int) { vacated <- n }}
+	o.Prepare = func(netns string, n int) {
+		if _, err := os.Stat(netns); err != nil || netns != netnsPath(n) {
+			t.Errorf("slot %d is prepared in %s: %v", n, netns, err)
+		}
+		prepared <- n
+	}
+	p := newTestPool(t, o)
+	first := <-prepared
+	s := acquire(t, p)
+	if s.Index != first {
+		t.Errorf("slot %d, want %d", s.Index, first)
+	}
+	must(t, s.Release(context.Background()))
+	if n := <-vacated; n != first {
+		t.Errorf("slot %d is vacated, want %d", n, first)
+	}
+	if n := <-prepared; n != first {
+		t.Errorf("slot %d is prepared, want %d again", n, first)
+	}
+
+	o.Size, o.Max, o.Prefix = 0, 2, "10.214.0.0/16"
+	must(t, acquire(t, newTestPool(t, o)).Release(context.Background()))
+	<-vacated
+	select {
+	case n := <-prepared:
+		t.Errorf("slot %d was prepared for somebody who waited", n)
+	default:
+	}
 }
 
 // TestAbandonedWaiter: who stops waiting does not keep the slot.

@@ -166,6 +166,20 @@ type RestoreArgs struct {
 	Disk func(ctx context.Context) (device string, err error)
 }
 
+// Warmer is a Driver whose process can be started before it is known which
+// machine it will be, so that the machine need not wait for it.
+type Warmer interface {
+	Driver
+	// Warm starts a process for the next machine with this HostArgs.NetNS and
+	// Number, and ends one that was there for the number. That machine takes it
+	// where it fits, and starts its own otherwise.
+	Warm(ctx context.Context, netns string, number int) error
+	// Cool ends the process that no machine has taken.
+	Cool(number int)
+	// Close ends all that no machine has taken; Warm starts none any more.
+	Close() error
+}
+
 // Record is all that is needed to adopt a live machine: the caller keeps it
 // in its journal.
 type Record struct {

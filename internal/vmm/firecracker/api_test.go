@@ -37,7 +37,7 @@ func TestVMAPI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := newLaunch(d.o, h, vmm.HostArgs{ID: "api", Dir: t.TempDir()}, vmm.Spec{VCPUs: 1, MemoryMB: 128})
+	l, err := newLaunch(d.o, h, vmm.HostArgs{ID: "api", Dir: t.TempDir()}, vmm.Spec{VCPUs: 1, MemoryMB: 128}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +215,7 @@ func TestStartFails(t *testing.T) {
 		"never answers": {"exec sleep 1000", "does not answer", 300 * time.Millisecond},
 	} {
 		d := New(Options{Direct: true})
-		l, err := newLaunch(d.o, fakeHost(program(t, c.script)), vmm.HostArgs{ID: "fails", Dir: t.TempDir()}, vmm.Spec{VCPUs: 1, MemoryMB: 128})
+		l, err := newLaunch(d.o, fakeHost(program(t, c.script)), vmm.HostArgs{ID: "fails", Dir: t.TempDir()}, vmm.Spec{VCPUs: 1, MemoryMB: 128}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -23,13 +23,10 @@ type console struct {
 	done       chan struct{}
 }
 
-// openConsole opens the FIFO, made before if it is not there.
+// openConsole opens the FIFO and the file.
 func openConsole(fifo, path string) (_ *console, err error) {
-	if err := unix.Mkfifo(fifo, 0o600); err != nil && !errors.Is(err, unix.EEXIST) {
-		return nil, fmt.Errorf("making the console's FIFO: %w", err)
-	}
 	c := &console{done: make(chan struct{})}
-	if c.fifo, err = openFIFO(fifo); err != nil {
+	if c.fifo, err = makeFIFO(fifo); err != nil {
 		return nil, err
 	}
 	c.file, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
@@ -41,6 +38,14 @@ func openConsole(fifo, path string) (_ *console, err error) {
 		c.room = max(logLimit-fi.Size(), 0)
 	}
 	return c, nil
+}
+
+// makeFIFO opens a FIFO, made before if it is not there.
+func makeFIFO(path string) (*os.File, error) {
+	if err := unix.Mkfifo(path, 0o600); err != nil && !errors.Is(err, unix.EEXIST) {
+		return nil, fmt.Errorf("making the console's FIFO: %w", err)
+	}
+	return openFIFO(path)
 }
 
 func openFIFO(path string) (*os.File, error) {

@@ -54,6 +54,9 @@ type Options struct {
 	// HostArgs.Number is added; GID is the group of all. Both zero: as the
 	// caller.
 	UID, GID uint32
+	// SpareDir takes the processes that Warm starts, on the file system of the
+	// machines' directories; nobody else uses it. Empty: Warm starts none.
+	SpareDir string
 	// CallLimit and SaveLimit bound the wait for an answer, SaveLimit where
 	// memory is saved or state loaded; 0: 30 s, 5 min.
 	CallLimit, SaveLimit time.Duration
@@ -71,9 +74,11 @@ type Driver struct {
 	log *slog.Logger
 	kvm string // the device
 
-	probe chan struct{} // holds one token: a mutex that a context can leave
-	mu    sync.Mutex
-	host  *host // what Probe found
+	probe  chan struct{} // holds one token: a mutex that a context can leave
+	mu     sync.Mutex
+	host   *host          // what Probe found
+	spares map[int]*spare // by HostArgs.Number
+	closed bool
 }
 
 // host is what the probe found.
@@ -83,7 +88,7 @@ type host struct {
 	version        version
 }
 
-var _ vmm.Driver = (*Driver)(nil)
+var _ vmm.Warmer = (*Driver)(nil)
 
 // New makes a Driver; nothing is started before Probe or the first machine.
 func New(o Options) *Driver {
@@ -96,7 +101,7 @@ func New(o Options) *Driver {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Driver{o: o, log: o.Logger, kvm: "/dev/kvm", probe: make(chan struct{}, 1)}
+	return &Driver{o: o, log: o.Logger, kvm: "/dev/kvm", probe: make(chan struct{}, 1), spares: map[int]*spare{}}
 }
 
 // Name implements vmm.Driver.
@@ -129,23 +134,23 @@ func (d *Driver) Boot(ctx context.Context, a vmm.BootArgs) (vmm.Machine, error) 
 }
 
 func (d *Driver) boot(ctx context.Context, h host, a vmm.BootArgs) (*machine, error) {
-	l, err := newLaunch(d.o, h, a.HostArgs, a.Spec)
+	l, err := newLaunch(d.o, h, a.HostArgs, a.Spec, d.spareFor(h, a.HostArgs))
 	if err != nil {
 		return nil, err
 	}
 	kernel, err := l.put("vmlinux", a.Kernel)
 	if err != nil {
-		return nil, fmt.Errorf("kernel: %w", err)
+		return nil, l.undo(fmt.Errorf("kernel: %w", err))
 	}
 	initrd := ""
 	if a.Initrd != "" {
 		if initrd, err = l.put("initrd", a.Initrd); err != nil {
-			return nil, fmt.Errorf("initrd: %w", err)
+			return nil, l.undo(fmt.Errorf("initrd: %w", err))
 		}
 	}
 	m, err := l.start(ctx)
 	if err != nil {
-		return nil, err
+		return nil, l.undo(err)
 	}
 	err = d.configure(ctx, m.api, a, kernel, initrd)
 	if err == nil {
@@ -223,22 +228,22 @@ func (d *Driver) Restore(ctx context.Context, a vmm.RestoreArgs) (vmm.Machine, e
 }
 
 func (d *Driver) restore(ctx context.Context, h host, a vmm.RestoreArgs) (*machine, error) {
-	l, err := newLaunch(d.o, h, a.HostArgs, a.State.Spec)
+	l, err := newLaunch(d.o, h, a.HostArgs, a.State.Spec, d.spareFor(h, a.HostArgs))
 	if err != nil {
 		return nil, err
 	}
 	state, err := l.put("state", a.State.File)
 	if err != nil {
-		return nil, fmt.Errorf("state: %w", err)
+		return nil, l.undo(fmt.Errorf("state: %w", err))
 	}
 	backend, memory, err := l.memory()
 	if err != nil {
-		return nil, err
+		return nil, l.undo(err)
 	}
 	l.attach, l.disk = a.Attach, a.Disk
 	m, err := l.start(ctx)
 	if err != nil {
-		return nil, err
+		return nil, l.undo(err)
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, m.abandon(err)

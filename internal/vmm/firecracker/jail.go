@@ -43,6 +43,16 @@ func (m *machine) removeRoot() {
 	}
 }
 
+// jailID is what jailer knows the machine by: the sandbox, or what a process
+// that was started ahead was called before it got one.
+func (m *machine) jailID() string {
+	root, inside := m.root()
+	if inside != "/" {
+		return m.rec.ID
+	}
+	return filepath.Base(filepath.Dir(root))
+}
+
 const (
 	cgroupFS     = "/sys/fs/cgroup"
 	cgroupParent = "wrenn"

@@ -7,7 +7,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"sync"
 
@@ -25,7 +24,7 @@ const (
 	pagesName  = "pages.sock"
 	memoryName = "memory"
 	logName    = "firecracker.log"
-	lateName   = "disk" // the link to a disk that came late
+	plainName  = "vm" // the directory of a machine that has no jail
 )
 
 // launch is one process to be started.
@@ -36,19 +35,31 @@ type launch struct {
 	spec vmm.Spec
 	// root is the directory that Firecracker writes to, as we see it.
 	root string
-	// lent is a file of the host that a jail gets at its memoryName.
+	// lent is a file of the host that the process gets at its memoryName.
 	lent string
 	// attach and disk, not nil, bring what the process is started without: see
 	// vmm.RestoreArgs.
 	attach func(ctx context.Context, pid int) error
 	disk   func(ctx context.Context) (device string, err error)
+	// ahead: it is started before its machine is known. spare, not nil, is the
+	// process that was, see spare.go.
+	ahead bool
+	spare *spare
 }
 
-func newLaunch(o Options, h host, a vmm.HostArgs, s vmm.Spec) (*launch, error) {
+// newLaunch makes the directory that Firecracker is started in, or takes over
+// that of a process that was started ahead.
+func newLaunch(o Options, h host, a vmm.HostArgs, s vmm.Spec, sp *spare) (*launch, error) {
 	if a.ConsolePath == "" {
 		a.ConsolePath = filepath.Join(a.Dir, "console.log")
 	}
-	l := &launch{o: o, host: h, args: a, spec: s, root: filepath.Join(a.Dir, "vm")}
+	l := &launch{o: o, host: h, args: a, spec: s, root: filepath.Join(a.Dir, plainName), spare: sp}
+	if sp != nil {
+		if l.jailed() {
+			l.root = jailRoot(a.Dir, sp.launch.args.ID)
+		}
+		return l, nil
+	}
 	if l.jailed() {
 		if err := checkMount(a.Dir); err != nil {
 			return nil, err
@@ -127,10 +138,14 @@ func (l *launch) memory() (backend, path string, err error) {
 	if err == nil && (!st.Mode().IsRegular() || st.Size() != l.spec.MemoryBytes()) {
 		err = fmt.Errorf("%s is no regular file of %d MiB", file, l.spec.MemoryMB)
 	}
-	if err == nil && l.jailed() {
+	switch {
+	case err != nil:
+	case l.jailed():
 		// It lies on another file system: it is mounted over this one.
 		err = os.WriteFile(filepath.Join(l.root, memoryName), nil, 0o400)
 		l.lent, file = file, "/"+memoryName
+	case l.spare != nil: // which does not see what was mounted since it started
+		l.lent, file = file, driveDir+"/"+memoryName
 	}
 	if err != nil {
 		err = fmt.Errorf("memory_file: %w", err)
@@ -162,13 +177,10 @@ func (l *launch) forget(names ...string) {
 	}
 }
 
-// start runs Firecracker and shakes hands. On failure no process is left.
+// start runs Firecracker, unless a process was started ahead, and shakes hands.
+// On failure no process is left.
 func (l *launch) start(ctx context.Context) (_ *machine, err error) {
-	stderrPath := filepath.Join(l.args.Dir, logName)
-	if err := os.Remove(stderrPath); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("removing an old log: %w", err)
-	}
-	pumps, err := openPumps(l.args.Dir, l.root, l.args.ConsolePath, stderrPath)
+	pumps, err := openPumps(l.args.Dir, l.root, l.args.ConsolePath, l.stderrPath())
 	if err != nil {
 		return nil, err
 	}
@@ -180,32 +192,19 @@ func (l *launch) start(ctx context.Context) (_ *machine, err error) {
 			}
 		}
 	}()
-	if err := l.own(filepath.Join(l.root, logFifoName)); err != nil {
-		return nil, err
-	}
-	stderr, err := vmm.OpenLog(stderrPath, logLimit)
-	if err != nil {
-		return nil, err
-	}
-	defer stderr.Close()
-	out, err := openFIFO(filepath.Join(l.args.Dir, fifoName))
-	if err != nil {
-		return nil, err
-	}
-	defer out.Close()
 	boot, err := vmm.BootID()
 	if err != nil {
 		return nil, err
 	}
 	answers := l.args.Begin("vmm_process")
-	p, err := l.process(out, stderr)
+	p, err := l.run()
 	if err != nil {
 		return nil, err
 	}
 	running = true
 	m := newMachine(vmm.Record{
 		ID: l.args.ID, Kind: Name, PID: p.PID(), StartTime: p.StartTime(), BootID: boot,
-		Control: filepath.Join(l.root, apiName), ConsolePath: l.args.ConsolePath, StderrPath: stderrPath,
+		Control: filepath.Join(l.root, apiName), ConsolePath: l.args.ConsolePath, StderrPath: l.stderrPath(),
 		MemoryFD: -1, UffdDevFD: -1, Spec: l.spec, Info: l.host.info,
 	}, p, pumps, l.o)
 	late, cancel := context.WithCancel(ctx)
@@ -223,10 +222,51 @@ func (l *launch) start(ctx context.Context) (_ *machine, err error) {
 	} else {
 		err = <-brought
 	}
+	if err == nil && l.lent != "" { // it answers, so that jailer has made its mounts
+		err = l.lend(p.PID())
+	}
 	if err != nil {
 		return nil, m.abandon(err)
 	}
 	return m, nil
+}
+
+func (l *launch) stderrPath() string { return filepath.Join(l.args.Dir, logName) }
+
+// undo ends what newLaunch took over, where a failure came before a machine had it.
+func (l *launch) undo(err error) error {
+	if l.spare != nil {
+		l.spare.end()
+	}
+	return err
+}
+
+// run starts the process where none was started ahead. The FIFOs are there.
+func (l *launch) run() (*vmm.Process, error) {
+	if l.spare != nil {
+		p := l.spare.take()
+		if err := l.place(p.PID(), l.args.DiskDevice); err != nil {
+			return nil, errors.Join(err, endProcess(p))
+		}
+		return p, nil
+	}
+	if err := os.Remove(l.stderrPath()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("removing an old log: %w", err)
+	}
+	if err := l.own(filepath.Join(l.root, logFifoName)); err != nil {
+		return nil, err
+	}
+	stderr, err := vmm.OpenLog(l.stderrPath(), logLimit)
+	if err != nil {
+		return nil, err
+	}
+	defer stderr.Close()
+	out, err := openFIFO(filepath.Join(l.args.Dir, fifoName))
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	return l.process(out, stderr)
 }
 
 // bring has brought what the process is started without: who serves its memory
@@ -248,7 +288,7 @@ func (l *launch) bring(ctx context.Context, pid int) error {
 		wg.Go(func() {
 			device, err := l.disk(ctx)
 			if err == nil {
-				err = l.place(device)
+				err = l.place(pid, device)
 			}
 			if err != nil {
 				cancel()
@@ -258,21 +298,6 @@ func (l *launch) bring(ctx context.Context, pid int) error {
 	}
 	wg.Wait()
 	return errors.Join(attached, placed)
-}
-
-// place puts a disk that came late where the process looks for it. No guest has
-// run in the process yet, so that nobody can have prepared the place.
-func (l *launch) place(device string) error {
-	switch {
-	case device == "":
-		return nil
-	case l.jailed():
-		return l.node(device)
-	}
-	if err := os.Symlink(device, filepath.Join(l.root, lateName)); err != nil {
-		return fmt.Errorf("linking the disk: %w", err)
-	}
-	return l.ownDevice(device)
 }
 
 // process starts the program, jailed or not.
@@ -292,10 +317,8 @@ func (l *launch) process(stdout, stderr *os.File) (*vmm.Process, error) {
 		if err != nil {
 			return nil, err
 		}
-		return l.apart(func() (*vmm.Process, error) {
-			return vmm.StartProcess(vmm.ProcessSpec{
-				Args: append(append(args, "--"), own...), Env: environment(), Dir: "/", Stdout: stdout, Stderr: stderr,
-			})
+		return vmm.StartProcess(vmm.ProcessSpec{
+			Args: append(append(args, "--"), own...), Env: environment(), Dir: "/", Stdout: stdout, Stderr: stderr,
 		})
 	}
 	return l.apart(func() (*vmm.Process, error) {
@@ -304,113 +327,6 @@ func (l *launch) process(stdout, stderr *os.File) (*vmm.Process, error) {
 			Stdout: stdout, Stderr: stderr, UID: l.uid(), GID: l.o.GID,
 		})
 	})
-}
-
-// apart runs start on a thread in namespaces of its own, where what they are
-// for is not jailer's to make: see enter. The child inherits them; the thread
-// ends with its goroutine, and with the last process what was mounted there.
-func (l *launch) apart(start func() (*vmm.Process, error)) (p *vmm.Process, err error) {
-	enter := l.enter
-	if l.jailed() {
-		enter = l.lend
-	}
-	if l.lent == "" && (l.jailed() || l.diskLink() == "" && l.args.NetNS == "") {
-		return start()
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked
-		if err = enter(); err == nil {
-			p, err = start()
-		}
-	}()
-	<-done
-	return p, err
-}
-
-// ownMounts gives the thread a mount namespace whose changes nobody else sees.
-func ownMounts() error {
-	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("making a mount namespace: %w", err)
-	}
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("making the mounts private: %w", err)
-	}
-	return nil
-}
-
-// lend mounts the lent file into the jail, to be read alone: jailer takes the
-// mount along.
-func (l *launch) lend() error {
-	if err := ownMounts(); err != nil {
-		return err
-	}
-	to := filepath.Join(l.root, memoryName)
-	if err := unix.Mount(l.lent, to, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("mounting the memory into the jail: %w", err)
-	}
-	const flags = unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	if err := unix.Mount("", to, "", flags, ""); err != nil {
-		return fmt.Errorf("closing the memory in the jail to writers: %w", err)
-	}
-	return nil
-}
-
-// enter goes where the tap is, and to mounts in which drivePath leads to this
-// machine's disk.
-func (l *launch) enter() error {
-	if l.args.NetNS != "" {
-		ns, err := os.Open(l.args.NetNS)
-		if err != nil {
-			return fmt.Errorf("netns: %w", err)
-		}
-		defer ns.Close()
-		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("entering the network namespace: %w", err)
-		}
-	}
-	link := l.diskLink()
-	if link == "" {
-		return nil
-	}
-	if err := os.MkdirAll(driveDir, 0o755); err != nil {
-		return fmt.Errorf("making %s: %w", driveDir, err)
-	}
-	if err := ownMounts(); err != nil {
-		return err
-	}
-	if err := unix.Mount("tmpfs", driveDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "size=64k,mode=755"); err != nil {
-		return fmt.Errorf("mounting %s: %w", driveDir, err)
-	}
-	if err := os.Symlink(link, drivePath); err != nil {
-		return fmt.Errorf("linking the disk: %w", err)
-	}
-	if l.args.DiskDevice == "" {
-		return nil
-	}
-	return l.ownDevice(l.args.DiskDevice)
-}
-
-// diskLink is where drivePath leads outside a jail: to the disk, or where the
-// link to one will be that comes late. Empty: there is no disk.
-func (l *launch) diskLink() string {
-	if l.disk != nil {
-		return filepath.Join(l.root, lateName)
-	}
-	return l.args.DiskDevice
-}
-
-// ownDevice gives the disk itself, of which there is no node in a jail, to
-// Firecracker's user.
-func (l *launch) ownDevice(device string) error {
-	if l.o.UID == 0 {
-		return nil
-	}
-	if err := os.Chown(device, int(l.uid()), int(l.o.GID)); err != nil {
-		return fmt.Errorf("giving the disk to Firecracker's user: %w", err)
-	}
-	return nil
 }
 
 // root is the directory that Firecracker writes to: as we see it, and as it

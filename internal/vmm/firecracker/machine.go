@@ -81,7 +81,7 @@ func (m *machine) watch() {
 		c.drain()
 	}
 	m.api.close()
-	removeCgroup(m.rec.ID)
+	removeCgroup(m.jailID())
 	m.removeRoot()
 	e := &vmm.ExitError{
 		ID: m.rec.ID, Status: m.proc.Status(), At: time.Now(),

@@ -45,6 +45,9 @@ func (d *Driver) Probe(ctx context.Context) (vmm.Info, error) {
 	if remark != "" {
 		h.info.Remarks = append(h.info.Remarks, remark)
 	}
+	if err := d.sweepSpares(); err != nil {
+		return vmm.Info{}, err
+	}
 	sweepCgroups()
 	d.mu.Lock()
 	d.host = &h

@@ -39,6 +39,66 @@ func TestVMDirectConforms(t *testing.T) {
 	vmmtest.Run(t, s)
 }
 
+// warmed has a process started ahead for each machine.
+type warmed struct {
+	*Driver
+	t *testing.T
+}
+
+func (d warmed) Boot(ctx context.Context, a vmm.BootArgs) (vmm.Machine, error) {
+	d.warm(ctx, a.HostArgs)
+	return d.Driver.Boot(ctx, a)
+}
+
+func (d warmed) Restore(ctx context.Context, a vmm.RestoreArgs) (vmm.Machine, error) {
+	d.warm(ctx, a.HostArgs)
+	return d.Driver.Restore(ctx, a)
+}
+
+func (d warmed) warm(ctx context.Context, a vmm.HostArgs) {
+	if err := d.Warm(ctx, a.NetNS, a.Number); err != nil && ctx.Err() == nil {
+		d.t.Errorf("start a process ahead: %v", err)
+	}
+}
+
+// TestVMWarmedConforms: a machine that takes a process started ahead is as any
+// other.
+func TestVMWarmedConforms(t *testing.T) {
+	s := subject(t, Options{UID: 60777, GID: 60777, SpareDir: spareDir(t)})
+	d := s.Driver.(*Driver)
+	t.Cleanup(func() { d.Close() })
+	s.Driver, s.Brief = warmed{d, t}, true
+	vmmtest.Run(t, s)
+}
+
+func spareDir(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// TestVMTheNextDriverEndsWhatWasStartedAhead: of one that was killed.
+func TestVMTheNextDriverEndsWhatWasStartedAhead(t *testing.T) {
+	s := subject(t, Options{UID: 60777, GID: 60777, SpareDir: spareDir(t)})
+	killed := s.Driver.(*Driver)
+	if err := killed.Warm(t.Context(), "", 3); err != nil {
+		t.Fatal(err)
+	}
+	spare := killed.spares[3]
+	t.Cleanup(spare.end)
+	next := New(killed.o)
+	if _, err := next.Probe(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-spare.proc.Done()
+	if left, err := os.ReadDir(killed.o.SpareDir); err != nil || len(left) != 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
 // TestVMADiskComesLate: a machine is restored whose disk is brought while its
 // process starts, and finds it at the path that its state names.
 func TestVMADiskComesLate(t *testing.T) {
@@ -47,7 +107,10 @@ func TestVMADiskComesLate(t *testing.T) {
 	if err := unix.Stat(device, &st); err != nil {
 		t.Skip("skipped: it needs a block device:", err)
 	}
-	for name, o := range map[string]Options{"jailed": {UID: 60777, GID: 60777}, "direct": {Direct: true}} {
+	for name, o := range map[string]Options{
+		"jailed": {UID: 60777, GID: 60777}, "direct": {Direct: true}, "jailed, started ahead": {UID: 60777, GID: 60777, SpareDir: spareDir(t)},
+		"direct, started ahead": {Direct: true, SpareDir: spareDir(t)},
+	} {
 		t.Run(name, func(t *testing.T) {
 			s := subject(t, o)
 			boot := s.Boot
@@ -65,18 +128,26 @@ func TestVMADiskComesLate(t *testing.T) {
 			if err := m.Kill(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			args.DiskDevice = ""
+			args.DiskDevice, args.Number = "", 7
+			d := s.Driver.(*Driver)
+			if err := d.Warm(t.Context(), "", args.Number); err != nil {
+				t.Fatal(err)
+			}
+			ahead := 0
+			if sp := d.spares[args.Number]; sp != nil {
+				ahead = sp.proc.PID()
+			}
 			args.Disk = func(context.Context) (string, error) { return device, nil }
 			r, err := s.Driver.Restore(t.Context(), args)
 			if err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { _ = r.Kill(context.Background()) })
+			if ahead != 0 && ahead != r.PID() {
+				t.Errorf("the machine is process %d, not %d that was started ahead", r.PID(), ahead)
+			}
 			var got unix.Stat_t
 			fd := fmt.Sprintf("/proc/%d/root%s", r.PID(), drivePath)
-			if name == "direct" {
-				fd = filepath.Join(boot.Dir, "vm", lateName)
-			}
 			if err := unix.Stat(fd, &got); err != nil || got.Rdev != st.Rdev {
 				t.Errorf("its disk is device %#x, %v; want %#x", got.Rdev, err, st.Rdev)
 			}
