@@ -157,8 +157,8 @@ func TestPrefetch(t *testing.T) {
 		t.Errorf("second prefetch brought %d bytes, %v", n, err)
 	}
 	v.wantSum(img.content())
-	if st, _ := srv.Stats("v"); st.DataFaults+st.Hits != 0 {
-		t.Errorf("faults on prefetched data: %+v", st)
+	if touched, err := srv.Touched("v"); err != nil || len(touched) != 0 {
+		t.Errorf("faults on prefetched data: %v, %v", touched, err)
 	}
 	if _, err := srv.Prefetch(context.Background(), shared, []uint32{8 << 20 / DefaultClusterSize}); err == nil {
 		t.Error("prefetched beyond the image")
