@@ -39,3 +39,18 @@ func TestWhatStartsNeedOutlivesPausesAndCompactions(t *testing.T) {
 		t.Error("nothing was compacted")
 	}
 }
+
+// A VMM that maps the shared image is read ahead for while it starts; nobody
+// needs to say that it runs.
+func TestNobodySaysThatAVMOfSharedMemoryRuns(t *testing.T) {
+	w := newWorld(t, snapshot.CompactionPolicy{})
+	w.create("a", "base")
+	w.must(w.pause("a"))
+	w.must(w.resume("a", false))
+	w.must(w.snapshot("a", "s"))
+	w.create("b", "s")
+	w.must(w.open()) // the calls of the engine before this one are over
+	if ids := w.Pager.ReadsAhead(); len(ids) != 0 {
+		t.Errorf("it was said of %v", ids)
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -106,6 +107,28 @@ func (st *starting) startOwn(ctx context.Context) error {
 		h.MemoryFile, h.MemorySocket = st.wholePath, ""
 	}
 	return st.launch(ctx, h)
+}
+
+// aheadLimit bounds the call; what it begins goes on. It is longer than a pager
+// takes to be replaced.
+const aheadLimit = 10 * time.Second
+
+// readAhead has the pager put what starts need into the memory of a VM that runs
+// now, in which nobody waits for it. One that was released meanwhile needs
+// nothing.
+func (st *starting) readAhead() {
+	if st.rec.MemoryImage.IsZero() || st.wholePath != "" {
+		return
+	}
+	e, id := st.e, st.sb.id()
+	e.wg.Go(func() {
+		ctx, cancel := context.WithTimeout(e.ctx, aheadLimit)
+		defer cancel()
+		_, err := e.opts.Pager.ReadAhead(ctx, connect.NewRequest(&pagerv1.ReadAheadRequest{SandboxId: id}))
+		if err != nil && connect.CodeOf(err) != connect.CodeNotFound && e.ctx.Err() == nil {
+			e.log.WarnContext(ctx, "nothing is read ahead for a VM", "sandbox", id, "err", err)
+		}
+	})
 }
 
 // attachDisk makes a block device of the disk when the pager serves it.

@@ -360,6 +360,54 @@ func TestAPausePassesOnWhatAResumeNeeded(t *testing.T) {
 	r.nothingHeld("at the end", 0)
 }
 
+// sayer is a pager that notes when it is said that a VM runs, and does not hear it.
+type sayer struct {
+	pagerv1connect.PagerServiceClient
+	calls func() []string
+	said  chan string
+}
+
+func (p *sayer) ReadAhead(_ context.Context, req *connect.Request[pagerv1.ReadAheadRequest]) (*connect.Response[pagerv1.ReadAheadResponse], error) {
+	calls := p.calls()
+	p.said <- req.Msg.SandboxId + " after " + calls[len(calls)-1]
+	return nil, connect.NewError(connect.CodeUnavailable, errors.New("the pager is ending"))
+}
+
+// TestThePagerIsToldThatAMachineRuns, when it does, beside everything else, and
+// where it copies pages only: not of one that boots or maps its memory whole. A
+// pager that does not hear it costs nobody the resume.
+func TestThePagerIsToldThatAMachineRuns(t *testing.T) {
+	r := newOwnRig(t, time.Minute)
+	p := &sayer{r.opts.Pager, func() []string { return r.program.Calls(t) }, make(chan string, 16)}
+	r.opts.Pager = p
+	r.restart()
+	r.importBase(t.TempDir(), BaseFiles{})
+	r.must(r.create("a"))
+	r.must(r.pause("a"))
+	r.must(r.resume("a"))
+	select {
+	case got := <-p.said:
+		if !strings.HasPrefix(got, "a after PATCH /vm ") || !strings.Contains(got, "Resumed") {
+			t.Errorf("it was told of %s", got)
+		}
+	case <-time.After(time.Minute):
+		t.Error("it is not told")
+	}
+	_, _, err := r.Snapshot(t.Context(), "a", "s")
+	r.must(err)
+	r.must(r.spawn("b"))
+	if got := r.backends(); got != "Uffd File" {
+		t.Fatalf("memory came from %s", got)
+	}
+	r.restart() // the calls of the engine before this one are over
+	for _, id := range []string{"a", "b"} {
+		r.must(r.Destroy(t.Context(), id))
+	}
+	if n := len(p.said); n != 0 {
+		t.Errorf("it was told of %d more, the first %s", n, <-p.said)
+	}
+}
+
 // TestAStartWithoutItsDiskOrMemoryLeavesNothing: what is prepared beside the
 // process's start ends that too, and says what it was.
 func TestAStartWithoutItsDiskOrMemoryLeavesNothing(t *testing.T) {

@@ -270,7 +270,13 @@ func (st *starting) recordVM(context.Context) error {
 }
 
 func (st *starting) letRun(ctx context.Context) error {
-	return wrap("let the VM run", st.machine.Continue(ctx))
+	if err := st.machine.Continue(ctx); err != nil {
+		return fmt.Errorf("let the VM run: %w", err)
+	}
+	if st.own {
+		st.readAhead()
+	}
+	return nil
 }
 
 // confirm makes the guest say that it is the individual of this life.

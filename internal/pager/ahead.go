@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
 	"time"
 
 	pagerv1 "git.omukk.dev/wrenn/sandbox/internal/gen/pager/v1"
@@ -157,7 +156,7 @@ func (s *Server) watch(id string, g *guest) {
 		return
 	}
 	if g.memory.handover != nil {
-		s.aheadCopy(id, g.memory)
+		s.attachedCopy(id, g.memory)
 	} else {
 		a := g.memory.image.ahead
 		s.mu.Lock()
@@ -178,100 +177,6 @@ func (s *Server) watch(id string, g *guest) {
 			s.learn(id, m)
 		}
 	})
-}
-
-// What is read ahead for a VM in copy mode lies in this process until the VM has
-// memory to put it into. That is bounded for one, and how many may at a time.
-const (
-	stageBytes = 32 << 20
-	stageMost  = 3
-	// maxCopied bounds an order of copy mode, in clusters: 64 MiB.
-	maxCopied = 1024
-)
-
-// staging is what is read for a VM in copy mode while its VMM is being started.
-type staging struct {
-	order  []uint32
-	cancel context.CancelFunc
-	done   chan struct{} // closed when it has read, or failed
-	data   *uffd.Staged  // then; nil where nothing was read
-	left   []uint32      // of order
-	err    error
-	once   sync.Once // of letting go
-}
-
-// stop ends the reading; the image is not used any more on return.
-func (a *staging) stop() {
-	a.cancel()
-	<-a.done
-}
-
-// stage begins to read what starts of the image need.
-func (s *Server) stage(i *image) *staging {
-	ctx, cancel := context.WithCancel(context.Background())
-	a := &staging{cancel: cancel, done: make(chan struct{})}
-	if a.order, a.err = s.orders.load(i.id, i.source.Header().Parent, s.faults.ClusterSize()); len(a.order) == 0 {
-		close(a.done)
-		return a
-	}
-	a.left = a.order
-	go func() {
-		defer close(a.done)
-		select {
-		case s.stages <- struct{}{}:
-			a.data, a.left, a.err = s.faults.Stage(ctx, i.source, a.order, stageBytes)
-		default: // others hold enough
-		}
-	}()
-	return a
-}
-
-// drop lets go of what was read.
-func (s *Server) drop(a *staging) {
-	a.once.Do(func() {
-		if <-a.done; a.data != nil {
-			a.data = nil
-			<-s.stages
-		}
-	})
-}
-
-// aheadCopy puts what starts of the image need into a VM in copy mode.
-func (s *Server) aheadCopy(id string, m *memory) {
-	a := m.staging
-	// It ends with the attachment.
-	m.putting.Go(func() {
-		defer s.drop(a)
-		a.stop() // what was not read yet goes right into the VM
-		err := a.err
-		if a.data != nil {
-			_, perr := s.faults.PutStaged(context.Background(), id, a.data)
-			err = errors.Join(err, perr)
-		}
-		if err == nil {
-			_, err = s.faults.PrefetchCopy(context.Background(), id, a.left)
-		}
-		if err != nil {
-			s.log.Warn("reading ahead ended early", "sandbox", id, "err", err)
-		}
-	})
-}
-
-// learnCopy adds what a start in copy mode missed to what is put ahead. What of
-// that was used cannot be told; where there is too much of it, it begins anew.
-func (s *Server) learnCopy(m *memory, touched []uint32) error {
-	order, known := m.staging.order, map[uint32]bool{}
-	for _, c := range order {
-		known[c] = true
-	}
-	missed := slices.DeleteFunc(slices.Clone(touched), func(c uint32) bool { return known[c] })
-	if len(missed) == 0 {
-		return nil
-	}
-	if order = append(slices.Clone(order), missed...); len(order) > maxCopied {
-		order = missed[:min(len(missed), maxCopied)]
-	}
-	return s.orders.save(uffd.Order{Image: m.image.id, ClusterSize: s.faults.ClusterSize(), Clusters: order})
 }
 
 // learn stores what the start of a sandbox needed, for the next cold start,

@@ -24,18 +24,12 @@ type memory struct {
 	whole    string      // the file that the VM maps, in place of both
 	window   *time.Timer // ends when its start is over; nil if nobody asks
 	learned  bool        // what its start needed is stored, or will not be
-	// staging is what is read ahead in copy mode; putting puts it into the VM.
-	staging *staging
+	// In copy mode: what starts of the image need, how much of it was given to be
+	// put into the VM, and whether that runs, so that all of it may be.
+	order   []uint32
+	given   int
+	runs    bool
 	putting sync.WaitGroup
-}
-
-// stopAhead ends the reading ahead in copy mode, once nothing is attached.
-func (s *Server) stopAhead(m *memory) {
-	if m.staging != nil {
-		m.staging.stop()
-		m.putting.Wait()
-		s.drop(m.staging)
-	}
 }
 
 func (m *memory) record() *memoryRecord {
@@ -102,7 +96,7 @@ func (s *Server) openMemory(ctx context.Context, id format.ID, req *pagerv1.Prep
 		if m.handover, err = newHandover(copyRecord{SocketPath: req.SocketPath}, s.opts.SocketGID); err != nil {
 			return nil, errors.Join(err, s.images.release(m.image))
 		}
-		m.staging = s.stage(m.image)
+		m.order = s.orderOf(m.image)
 	}
 	return m, nil
 }
@@ -183,7 +177,7 @@ func (s *Server) ReleaseMemory(_ context.Context, req *connect.Request[pagerv1.R
 				return nil, wireError(err)
 			}
 		}
-		s.stopAhead(g.memory)
+		g.memory.putting.Wait() // it ends with the attachment
 		if g.memory.handover != nil {
 			err = g.memory.handover.close()
 		}

@@ -187,7 +187,7 @@ func (s *Server) reattachCopy(r record) (*memory, error) {
 		a.Close()
 		return nil, errors.Join(err, s.images.release(i))
 	}
-	return &memory{image: i, keep: r.Memory.KeepWarm, attached: a, handover: &handover{rec: *r.Memory.Copy}}, nil
+	return &memory{image: i, keep: r.Memory.KeepWarm, attached: a, handover: &handover{rec: *r.Memory.Copy}, order: s.orderOf(i)}, nil
 }
 
 // expectAgain goes on to wait for a process that had not handed over when the
@@ -227,6 +227,6 @@ func (s *Server) expectAgain(r record, g *guest) error {
 	if err != nil {
 		return errors.Join(err, peer.Kill(), s.images.release(i))
 	}
-	g.memory = &memory{image: i, keep: r.Memory.KeepWarm, handover: h, staging: s.stage(i)}
+	g.memory = &memory{image: i, keep: r.Memory.KeepWarm, handover: h, order: s.orderOf(i)}
 	return s.expect(r.SandboxID, g, pid)
 }

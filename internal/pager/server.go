@@ -86,8 +86,6 @@ type Server struct {
 	orders orders
 
 	short atomic.Bool // of disk: see Options.Reserve
-	// stages has an entry for each VM in copy mode for which data lie here.
-	stages chan struct{}
 
 	mu      sync.Mutex
 	totals  totals
@@ -142,7 +140,6 @@ func New(opts Options) (*Server, error) {
 		fatal:  map[string]string{},
 		waits:  map[string]time.Time{},
 		orders: orders{opts.OrderDir},
-		stages: make(chan struct{}, stageMost),
 	}
 	s.images = &images{
 		store: opts.Store, limit: opts.WarmBytes, byID: map[format.ID]*image{}, readAhead: s.readAhead,
@@ -341,9 +338,11 @@ func (s *Server) Close() error {
 	}
 	s.faults.Close()
 	for _, g := range guests {
+		g.mu.Lock() // a call that came before may begin to put something in
 		if g.memory != nil {
-			s.stopAhead(g.memory)
+			g.memory.putting.Wait()
 		}
+		g.mu.Unlock()
 	}
 	s.images.stopReading()
 	return errors.Join(append(errs, s.images.dropWarm())...)

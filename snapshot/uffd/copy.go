@@ -3,7 +3,6 @@
 package uffd
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -198,39 +197,6 @@ func (v *served) zeroRange(addr uint64, length int64) error {
 		return wake(v.fd, uintptr(addr), length)
 	}
 	return nil
-}
-
-// PrefetchCopy puts clusters into the memory of an attachment in copy mode
-// before it faults on them, as Prefetch does for a shared image, and returns
-// how many bytes it put there.
-func (s *Server) PrefetchCopy(ctx context.Context, id string, clusters []uint32) (int64, error) {
-	v, err := s.enterCopy(id)
-	if err != nil {
-		return 0, err
-	}
-	defer v.inflight.Done()
-	size := int64(s.o.ClusterSize)
-	buf := make([]byte, size)
-	var total int64
-	for _, c := range clusters {
-		for off := int64(c) * size; off < min(int64(c)*size+size, v.src.Size()); {
-			if err := ctx.Err(); err != nil {
-				return total, err
-			}
-			if v.dead.Load() || v.stopping.Load() {
-				return total, nil
-			}
-			r := v.regionAt(off)
-			end := min(off&^(size-1)+size, r.end())
-			n, err := v.fillPrivate(r, buf, off, end, -1)
-			total += n
-			if err != nil && !errors.Is(err, errChanging) { // then by fault
-				return total, fmt.Errorf("uffd: prefetch: %w", err)
-			}
-			off = end
-		}
-	}
-	return total, nil
 }
 
 // enter counts a user of the descriptor, unless it is about to be closed.

@@ -169,8 +169,8 @@ func (v *served) zeroRun(off, cluster int64) error {
 func (v *served) touch(cluster uint32) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if bit := uint64(1) << (cluster % 64); v.touched[cluster/64]&bit == 0 {
-		v.touched[cluster/64] |= bit
+	if !v.touched.has(cluster) {
+		v.touched.set(cluster)
 		v.order = append(v.order, cluster)
 	}
 }

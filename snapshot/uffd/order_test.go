@@ -75,64 +75,6 @@ func TestUsedTellsWhatAVMTookOfThePrefetched(t *testing.T) {
 	}
 }
 
-func TestPrefetchIntoCopiedMemory(t *testing.T) {
-	needRoot(t)
-	var all []uint32
-	for c := range uint32(4 << 20 / DefaultClusterSize) {
-		all = append(all, c)
-	}
-	for name, put := range map[string]func(srv *Server, src Source, id string) (int64, error){
-		"read then": func(srv *Server, _ Source, id string) (int64, error) {
-			return srv.PrefetchCopy(t.Context(), id, all)
-		},
-		"staged before": func(srv *Server, src Source, id string) (int64, error) {
-			mixed := slices.Clone(all)
-			slices.Reverse(mixed)
-			st, left, err := srv.Stage(t.Context(), src, mixed, 3<<20)
-			if err != nil || !slices.Equal(left, mixed[48:]) || st.Bytes() == 0 || st.Bytes() > 3<<20 {
-				t.Fatalf("staged %d bytes, left %v, %v", st.Bytes(), left, err)
-			}
-			n, err := srv.PutStaged(t.Context(), id, st)
-			if err != nil {
-				return n, err
-			}
-			m, err := srv.PrefetchCopy(t.Context(), id, left)
-			return n + m, err
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			r := newCopyRig(t, newTestImage(4))
-			srv := newTestServer(t, Options{})
-			mustAdd(t, srv, "v", r.attach())
-			want := r.content()
-			r.do("poke %d 7", r.at(3*pageSize))
-			want[r.at(3*pageSize)] = 7
-			r.do("remove %d %d", r.at(100*pageSize), 5*pageSize)
-			clear(want[r.at(100*pageSize) : r.at(100*pageSize)+5*pageSize])
-			if n, err := put(srv, r.img, "v"); err != nil || n == 0 {
-				t.Fatalf("put %d bytes ahead, %v", n, err)
-			}
-			before, _ := srv.Stats("v")
-			r.wantSum(want)
-			if st, _ := srv.Stats("v"); st.DataFaults != before.DataFaults {
-				t.Errorf("%d data faults after all was put ahead", st.DataFaults-before.DataFaults)
-			}
-			if _, err := put(srv, r.img, "w"); err == nil {
-				t.Error("put ahead for nobody")
-			}
-		})
-	}
-	srv := newTestServer(t, Options{})
-	if _, _, err := srv.Stage(t.Context(), newTestImage(4), []uint32{1, 64}, 1<<20); err == nil {
-		t.Error("staged a cluster beyond the image")
-	}
-	ended, cancel := context.WithCancel(t.Context())
-	cancel()
-	if st, left, err := srv.Stage(ended, newTestImage(4), all, 1<<20); err != nil || st.Bytes() != 0 || !slices.Equal(left, all) {
-		t.Errorf("staged %d bytes after the end, left %v, %v", st.Bytes(), left, err)
-	}
-}
-
 func TestEvictedPagesComeBack(t *testing.T) {
 	needRoot(t)
 	img := newTestImage(8)

@@ -75,7 +75,7 @@ type served struct {
 	removing sync.RWMutex
 
 	mu      sync.Mutex
-	touched []uint64 // bit per cluster
+	touched bitmap // of clusters that were faulted on
 	order   []uint32
 	coming  []int64 // pages that somebody will wake who waits for them now
 	parked  []job   // faults to try again
@@ -117,7 +117,7 @@ func (s *Server) Add(id string, a *Attachment) error {
 		return fmt.Errorf("uffd: attachment %q exists", id)
 	}
 	clusters := (a.src.Size() + int64(s.o.ClusterSize) - 1) / int64(s.o.ClusterSize)
-	v := &served{Attachment: a, id: id, touched: make([]uint64, (clusters+63)/64), order: make([]uint32, 0, min(clusters, 4096))}
+	v := &served{Attachment: a, id: id, touched: make(bitmap, (clusters+63)/64), order: make([]uint32, 0, min(clusters, 4096))}
 	f, err := pollable(a.fd)
 	if err != nil {
 		return fmt.Errorf("uffd: attachment %q: %w", id, err)

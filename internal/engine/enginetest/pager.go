@@ -36,6 +36,7 @@ type Pager struct {
 	disks  map[string]*disk
 	waits  map[string]int64 // since when, by sandbox
 	orders map[string]bool  // images of which it is known what starts need
+	ahead  []string         // sandboxes of which it was said that they run
 }
 
 type disk struct {
@@ -195,6 +196,22 @@ func (p *Pager) load(id format.ID) (*os.File, int64, error) {
 // AttachMemory implements pager.v1. Address 0: all of the RAM is in the file.
 func (p *Pager) AttachMemory(context.Context, *connect.Request[pagerv1.AttachMemoryRequest]) (*connect.Response[pagerv1.AttachMemoryResponse], error) {
 	return connect.NewResponse(&pagerv1.AttachMemoryResponse{}), nil
+}
+
+// ReadAhead implements pager.v1. There is nothing to read: all of it is there.
+func (p *Pager) ReadAhead(_ context.Context, req *connect.Request[pagerv1.ReadAheadRequest]) (*connect.Response[pagerv1.ReadAheadResponse], error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ahead = append(p.ahead, req.Msg.SandboxId)
+	return connect.NewResponse(&pagerv1.ReadAheadResponse{}), nil
+}
+
+// ReadsAhead are the sandboxes of which it was said that they run, so that it may
+// read ahead for them, in the order of the calls.
+func (p *Pager) ReadsAhead() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.ahead)
 }
 
 // ReleaseMemory implements pager.v1.

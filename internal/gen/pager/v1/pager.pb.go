@@ -678,6 +678,86 @@ func (x *AttachMemoryResponse) GetLength() int64 {
 	return 0
 }
 
+type ReadAheadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadAheadRequest) Reset() {
+	*x = ReadAheadRequest{}
+	mi := &file_pager_v1_pager_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadAheadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadAheadRequest) ProtoMessage() {}
+
+func (x *ReadAheadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadAheadRequest.ProtoReflect.Descriptor instead.
+func (*ReadAheadRequest) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ReadAheadRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+type ReadAheadResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadAheadResponse) Reset() {
+	*x = ReadAheadResponse{}
+	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadAheadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadAheadResponse) ProtoMessage() {}
+
+func (x *ReadAheadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadAheadResponse.ProtoReflect.Descriptor instead.
+func (*ReadAheadResponse) Descriptor() ([]byte, []int) {
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{10}
+}
+
 type ReleaseMemoryRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -690,7 +770,7 @@ type ReleaseMemoryRequest struct {
 
 func (x *ReleaseMemoryRequest) Reset() {
 	*x = ReleaseMemoryRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[9]
+	mi := &file_pager_v1_pager_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -702,7 +782,7 @@ func (x *ReleaseMemoryRequest) String() string {
 func (*ReleaseMemoryRequest) ProtoMessage() {}
 
 func (x *ReleaseMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[9]
+	mi := &file_pager_v1_pager_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -715,7 +795,7 @@ func (x *ReleaseMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseMemoryRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{9}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ReleaseMemoryRequest) GetSandboxId() string {
@@ -740,7 +820,7 @@ type ReleaseMemoryResponse struct {
 
 func (x *ReleaseMemoryResponse) Reset() {
 	*x = ReleaseMemoryResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	mi := &file_pager_v1_pager_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -752,7 +832,7 @@ func (x *ReleaseMemoryResponse) String() string {
 func (*ReleaseMemoryResponse) ProtoMessage() {}
 
 func (x *ReleaseMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[10]
+	mi := &file_pager_v1_pager_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -765,7 +845,7 @@ func (x *ReleaseMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseMemoryResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{10}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{12}
 }
 
 type ServeDiskRequest struct {
@@ -781,7 +861,7 @@ type ServeDiskRequest struct {
 
 func (x *ServeDiskRequest) Reset() {
 	*x = ServeDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	mi := &file_pager_v1_pager_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +873,7 @@ func (x *ServeDiskRequest) String() string {
 func (*ServeDiskRequest) ProtoMessage() {}
 
 func (x *ServeDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[11]
+	mi := &file_pager_v1_pager_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +886,7 @@ func (x *ServeDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeDiskRequest.ProtoReflect.Descriptor instead.
 func (*ServeDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{11}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ServeDiskRequest) GetSandboxId() string {
@@ -846,7 +926,7 @@ type ServeDiskResponse struct {
 
 func (x *ServeDiskResponse) Reset() {
 	*x = ServeDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[12]
+	mi := &file_pager_v1_pager_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +938,7 @@ func (x *ServeDiskResponse) String() string {
 func (*ServeDiskResponse) ProtoMessage() {}
 
 func (x *ServeDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[12]
+	mi := &file_pager_v1_pager_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +951,7 @@ func (x *ServeDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServeDiskResponse.ProtoReflect.Descriptor instead.
 func (*ServeDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{12}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ServeDiskResponse) GetSize() int64 {
@@ -890,7 +970,7 @@ type ReadDiskRequest struct {
 
 func (x *ReadDiskRequest) Reset() {
 	*x = ReadDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[13]
+	mi := &file_pager_v1_pager_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -902,7 +982,7 @@ func (x *ReadDiskRequest) String() string {
 func (*ReadDiskRequest) ProtoMessage() {}
 
 func (x *ReadDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[13]
+	mi := &file_pager_v1_pager_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -915,7 +995,7 @@ func (x *ReadDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadDiskRequest.ProtoReflect.Descriptor instead.
 func (*ReadDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{13}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReadDiskRequest) GetSandboxId() string {
@@ -937,7 +1017,7 @@ type ReadDiskResponse struct {
 
 func (x *ReadDiskResponse) Reset() {
 	*x = ReadDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[14]
+	mi := &file_pager_v1_pager_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -949,7 +1029,7 @@ func (x *ReadDiskResponse) String() string {
 func (*ReadDiskResponse) ProtoMessage() {}
 
 func (x *ReadDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[14]
+	mi := &file_pager_v1_pager_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -962,7 +1042,7 @@ func (x *ReadDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadDiskResponse.ProtoReflect.Descriptor instead.
 func (*ReadDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{14}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ReadDiskResponse) GetOffset() int64 {
@@ -995,7 +1075,7 @@ type StopDiskRequest struct {
 
 func (x *StopDiskRequest) Reset() {
 	*x = StopDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[15]
+	mi := &file_pager_v1_pager_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1007,7 +1087,7 @@ func (x *StopDiskRequest) String() string {
 func (*StopDiskRequest) ProtoMessage() {}
 
 func (x *StopDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[15]
+	mi := &file_pager_v1_pager_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1020,7 +1100,7 @@ func (x *StopDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopDiskRequest.ProtoReflect.Descriptor instead.
 func (*StopDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{15}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StopDiskRequest) GetSandboxId() string {
@@ -1038,7 +1118,7 @@ type StopDiskResponse struct {
 
 func (x *StopDiskResponse) Reset() {
 	*x = StopDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[16]
+	mi := &file_pager_v1_pager_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1050,7 +1130,7 @@ func (x *StopDiskResponse) String() string {
 func (*StopDiskResponse) ProtoMessage() {}
 
 func (x *StopDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[16]
+	mi := &file_pager_v1_pager_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1063,7 +1143,7 @@ func (x *StopDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopDiskResponse.ProtoReflect.Descriptor instead.
 func (*StopDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{16}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{18}
 }
 
 type YieldDiskRequest struct {
@@ -1076,7 +1156,7 @@ type YieldDiskRequest struct {
 
 func (x *YieldDiskRequest) Reset() {
 	*x = YieldDiskRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[17]
+	mi := &file_pager_v1_pager_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1088,7 +1168,7 @@ func (x *YieldDiskRequest) String() string {
 func (*YieldDiskRequest) ProtoMessage() {}
 
 func (x *YieldDiskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[17]
+	mi := &file_pager_v1_pager_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1101,7 +1181,7 @@ func (x *YieldDiskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use YieldDiskRequest.ProtoReflect.Descriptor instead.
 func (*YieldDiskRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{17}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *YieldDiskRequest) GetSandboxId() string {
@@ -1128,7 +1208,7 @@ type YieldDiskResponse struct {
 
 func (x *YieldDiskResponse) Reset() {
 	*x = YieldDiskResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[18]
+	mi := &file_pager_v1_pager_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1140,7 +1220,7 @@ func (x *YieldDiskResponse) String() string {
 func (*YieldDiskResponse) ProtoMessage() {}
 
 func (x *YieldDiskResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[18]
+	mi := &file_pager_v1_pager_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1153,7 +1233,7 @@ func (x *YieldDiskResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use YieldDiskResponse.ProtoReflect.Descriptor instead.
 func (*YieldDiskResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{18}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *YieldDiskResponse) GetWaiting() bool {
@@ -1175,7 +1255,7 @@ type DropImageRequest struct {
 
 func (x *DropImageRequest) Reset() {
 	*x = DropImageRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[19]
+	mi := &file_pager_v1_pager_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1187,7 +1267,7 @@ func (x *DropImageRequest) String() string {
 func (*DropImageRequest) ProtoMessage() {}
 
 func (x *DropImageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[19]
+	mi := &file_pager_v1_pager_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1200,7 +1280,7 @@ func (x *DropImageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropImageRequest.ProtoReflect.Descriptor instead.
 func (*DropImageRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{19}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DropImageRequest) GetImageId() string {
@@ -1225,7 +1305,7 @@ type DropImageResponse struct {
 
 func (x *DropImageResponse) Reset() {
 	*x = DropImageResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[20]
+	mi := &file_pager_v1_pager_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1237,7 +1317,7 @@ func (x *DropImageResponse) String() string {
 func (*DropImageResponse) ProtoMessage() {}
 
 func (x *DropImageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[20]
+	mi := &file_pager_v1_pager_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1250,7 +1330,7 @@ func (x *DropImageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropImageResponse.ProtoReflect.Descriptor instead.
 func (*DropImageResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{20}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{22}
 }
 
 type GetStatsRequest struct {
@@ -1262,7 +1342,7 @@ type GetStatsRequest struct {
 
 func (x *GetStatsRequest) Reset() {
 	*x = GetStatsRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[21]
+	mi := &file_pager_v1_pager_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1274,7 +1354,7 @@ func (x *GetStatsRequest) String() string {
 func (*GetStatsRequest) ProtoMessage() {}
 
 func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[21]
+	mi := &file_pager_v1_pager_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1287,7 +1367,7 @@ func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
 func (*GetStatsRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{21}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetStatsRequest) GetSandboxId() string {
@@ -1318,7 +1398,7 @@ type GetStatsResponse struct {
 
 func (x *GetStatsResponse) Reset() {
 	*x = GetStatsResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[22]
+	mi := &file_pager_v1_pager_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1330,7 +1410,7 @@ func (x *GetStatsResponse) String() string {
 func (*GetStatsResponse) ProtoMessage() {}
 
 func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[22]
+	mi := &file_pager_v1_pager_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1343,7 +1423,7 @@ func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
 func (*GetStatsResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{22}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetStatsResponse) GetFaults() uint64 {
@@ -1404,7 +1484,7 @@ type EvictMemoryRequest struct {
 
 func (x *EvictMemoryRequest) Reset() {
 	*x = EvictMemoryRequest{}
-	mi := &file_pager_v1_pager_proto_msgTypes[23]
+	mi := &file_pager_v1_pager_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1416,7 +1496,7 @@ func (x *EvictMemoryRequest) String() string {
 func (*EvictMemoryRequest) ProtoMessage() {}
 
 func (x *EvictMemoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[23]
+	mi := &file_pager_v1_pager_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1429,7 +1509,7 @@ func (x *EvictMemoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictMemoryRequest.ProtoReflect.Descriptor instead.
 func (*EvictMemoryRequest) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{23}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *EvictMemoryRequest) GetBytes() int64 {
@@ -1448,7 +1528,7 @@ type EvictMemoryResponse struct {
 
 func (x *EvictMemoryResponse) Reset() {
 	*x = EvictMemoryResponse{}
-	mi := &file_pager_v1_pager_proto_msgTypes[24]
+	mi := &file_pager_v1_pager_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1460,7 +1540,7 @@ func (x *EvictMemoryResponse) String() string {
 func (*EvictMemoryResponse) ProtoMessage() {}
 
 func (x *EvictMemoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pager_v1_pager_proto_msgTypes[24]
+	mi := &file_pager_v1_pager_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1473,7 +1553,7 @@ func (x *EvictMemoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictMemoryResponse.ProtoReflect.Descriptor instead.
 func (*EvictMemoryResponse) Descriptor() ([]byte, []int) {
-	return file_pager_v1_pager_proto_rawDescGZIP(), []int{24}
+	return file_pager_v1_pager_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *EvictMemoryResponse) GetEvictedBytes() int64 {
@@ -1535,7 +1615,11 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"\x03pid\x18\x02 \x01(\x05R\x03pid\"H\n" +
 	"\x14AttachMemoryResponse\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\x04R\aaddress\x12\x16\n" +
-	"\x06length\x18\x02 \x01(\x03R\x06length\"c\n" +
+	"\x06length\x18\x02 \x01(\x03R\x06length\"1\n" +
+	"\x10ReadAheadRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x13\n" +
+	"\x11ReadAheadResponse\"c\n" +
 	"\x14ReleaseMemoryRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12,\n" +
@@ -1591,11 +1675,12 @@ const file_pager_v1_pager_proto_rawDesc = "" +
 	"MemoryMode\x12\x1b\n" +
 	"\x17MEMORY_MODE_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12MEMORY_MODE_SHARED\x10\x01\x12\x14\n" +
-	"\x10MEMORY_MODE_COPY\x10\x022\xb0\x06\n" +
+	"\x10MEMORY_MODE_COPY\x10\x022\xf6\x06\n" +
 	"\fPagerService\x12D\n" +
 	"\tGetStatus\x12\x1a.pager.v1.GetStatusRequest\x1a\x1b.pager.v1.GetStatusResponse\x12P\n" +
 	"\rPrepareMemory\x12\x1e.pager.v1.PrepareMemoryRequest\x1a\x1f.pager.v1.PrepareMemoryResponse\x12M\n" +
-	"\fAttachMemory\x12\x1d.pager.v1.AttachMemoryRequest\x1a\x1e.pager.v1.AttachMemoryResponse\x12P\n" +
+	"\fAttachMemory\x12\x1d.pager.v1.AttachMemoryRequest\x1a\x1e.pager.v1.AttachMemoryResponse\x12D\n" +
+	"\tReadAhead\x12\x1a.pager.v1.ReadAheadRequest\x1a\x1b.pager.v1.ReadAheadResponse\x12P\n" +
 	"\rReleaseMemory\x12\x1e.pager.v1.ReleaseMemoryRequest\x1a\x1f.pager.v1.ReleaseMemoryResponse\x12D\n" +
 	"\tServeDisk\x12\x1a.pager.v1.ServeDiskRequest\x1a\x1b.pager.v1.ServeDiskResponse\x12C\n" +
 	"\bReadDisk\x12\x19.pager.v1.ReadDiskRequest\x1a\x1a.pager.v1.ReadDiskResponse0\x01\x12A\n" +
@@ -1620,7 +1705,7 @@ func file_pager_v1_pager_proto_rawDescGZIP() []byte {
 }
 
 var file_pager_v1_pager_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pager_v1_pager_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_pager_v1_pager_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_pager_v1_pager_proto_goTypes = []any{
 	(MemoryMode)(0),               // 0: pager.v1.MemoryMode
 	(*GetStatusRequest)(nil),      // 1: pager.v1.GetStatusRequest
@@ -1632,22 +1717,24 @@ var file_pager_v1_pager_proto_goTypes = []any{
 	(*PrepareMemoryResponse)(nil), // 7: pager.v1.PrepareMemoryResponse
 	(*AttachMemoryRequest)(nil),   // 8: pager.v1.AttachMemoryRequest
 	(*AttachMemoryResponse)(nil),  // 9: pager.v1.AttachMemoryResponse
-	(*ReleaseMemoryRequest)(nil),  // 10: pager.v1.ReleaseMemoryRequest
-	(*ReleaseMemoryResponse)(nil), // 11: pager.v1.ReleaseMemoryResponse
-	(*ServeDiskRequest)(nil),      // 12: pager.v1.ServeDiskRequest
-	(*ServeDiskResponse)(nil),     // 13: pager.v1.ServeDiskResponse
-	(*ReadDiskRequest)(nil),       // 14: pager.v1.ReadDiskRequest
-	(*ReadDiskResponse)(nil),      // 15: pager.v1.ReadDiskResponse
-	(*StopDiskRequest)(nil),       // 16: pager.v1.StopDiskRequest
-	(*StopDiskResponse)(nil),      // 17: pager.v1.StopDiskResponse
-	(*YieldDiskRequest)(nil),      // 18: pager.v1.YieldDiskRequest
-	(*YieldDiskResponse)(nil),     // 19: pager.v1.YieldDiskResponse
-	(*DropImageRequest)(nil),      // 20: pager.v1.DropImageRequest
-	(*DropImageResponse)(nil),     // 21: pager.v1.DropImageResponse
-	(*GetStatsRequest)(nil),       // 22: pager.v1.GetStatsRequest
-	(*GetStatsResponse)(nil),      // 23: pager.v1.GetStatsResponse
-	(*EvictMemoryRequest)(nil),    // 24: pager.v1.EvictMemoryRequest
-	(*EvictMemoryResponse)(nil),   // 25: pager.v1.EvictMemoryResponse
+	(*ReadAheadRequest)(nil),      // 10: pager.v1.ReadAheadRequest
+	(*ReadAheadResponse)(nil),     // 11: pager.v1.ReadAheadResponse
+	(*ReleaseMemoryRequest)(nil),  // 12: pager.v1.ReleaseMemoryRequest
+	(*ReleaseMemoryResponse)(nil), // 13: pager.v1.ReleaseMemoryResponse
+	(*ServeDiskRequest)(nil),      // 14: pager.v1.ServeDiskRequest
+	(*ServeDiskResponse)(nil),     // 15: pager.v1.ServeDiskResponse
+	(*ReadDiskRequest)(nil),       // 16: pager.v1.ReadDiskRequest
+	(*ReadDiskResponse)(nil),      // 17: pager.v1.ReadDiskResponse
+	(*StopDiskRequest)(nil),       // 18: pager.v1.StopDiskRequest
+	(*StopDiskResponse)(nil),      // 19: pager.v1.StopDiskResponse
+	(*YieldDiskRequest)(nil),      // 20: pager.v1.YieldDiskRequest
+	(*YieldDiskResponse)(nil),     // 21: pager.v1.YieldDiskResponse
+	(*DropImageRequest)(nil),      // 22: pager.v1.DropImageRequest
+	(*DropImageResponse)(nil),     // 23: pager.v1.DropImageResponse
+	(*GetStatsRequest)(nil),       // 24: pager.v1.GetStatsRequest
+	(*GetStatsResponse)(nil),      // 25: pager.v1.GetStatsResponse
+	(*EvictMemoryRequest)(nil),    // 26: pager.v1.EvictMemoryRequest
+	(*EvictMemoryResponse)(nil),   // 27: pager.v1.EvictMemoryResponse
 }
 var file_pager_v1_pager_proto_depIdxs = []int32{
 	4,  // 0: pager.v1.GetStatusResponse.totals:type_name -> pager.v1.Totals
@@ -1658,27 +1745,29 @@ var file_pager_v1_pager_proto_depIdxs = []int32{
 	1,  // 5: pager.v1.PagerService.GetStatus:input_type -> pager.v1.GetStatusRequest
 	6,  // 6: pager.v1.PagerService.PrepareMemory:input_type -> pager.v1.PrepareMemoryRequest
 	8,  // 7: pager.v1.PagerService.AttachMemory:input_type -> pager.v1.AttachMemoryRequest
-	10, // 8: pager.v1.PagerService.ReleaseMemory:input_type -> pager.v1.ReleaseMemoryRequest
-	12, // 9: pager.v1.PagerService.ServeDisk:input_type -> pager.v1.ServeDiskRequest
-	14, // 10: pager.v1.PagerService.ReadDisk:input_type -> pager.v1.ReadDiskRequest
-	16, // 11: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
-	18, // 12: pager.v1.PagerService.YieldDisk:input_type -> pager.v1.YieldDiskRequest
-	20, // 13: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
-	24, // 14: pager.v1.PagerService.EvictMemory:input_type -> pager.v1.EvictMemoryRequest
-	22, // 15: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
-	2,  // 16: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
-	7,  // 17: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
-	9,  // 18: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
-	11, // 19: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
-	13, // 20: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
-	15, // 21: pager.v1.PagerService.ReadDisk:output_type -> pager.v1.ReadDiskResponse
-	17, // 22: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
-	19, // 23: pager.v1.PagerService.YieldDisk:output_type -> pager.v1.YieldDiskResponse
-	21, // 24: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
-	25, // 25: pager.v1.PagerService.EvictMemory:output_type -> pager.v1.EvictMemoryResponse
-	23, // 26: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
-	16, // [16:27] is the sub-list for method output_type
-	5,  // [5:16] is the sub-list for method input_type
+	10, // 8: pager.v1.PagerService.ReadAhead:input_type -> pager.v1.ReadAheadRequest
+	12, // 9: pager.v1.PagerService.ReleaseMemory:input_type -> pager.v1.ReleaseMemoryRequest
+	14, // 10: pager.v1.PagerService.ServeDisk:input_type -> pager.v1.ServeDiskRequest
+	16, // 11: pager.v1.PagerService.ReadDisk:input_type -> pager.v1.ReadDiskRequest
+	18, // 12: pager.v1.PagerService.StopDisk:input_type -> pager.v1.StopDiskRequest
+	20, // 13: pager.v1.PagerService.YieldDisk:input_type -> pager.v1.YieldDiskRequest
+	22, // 14: pager.v1.PagerService.DropImage:input_type -> pager.v1.DropImageRequest
+	26, // 15: pager.v1.PagerService.EvictMemory:input_type -> pager.v1.EvictMemoryRequest
+	24, // 16: pager.v1.PagerService.GetStats:input_type -> pager.v1.GetStatsRequest
+	2,  // 17: pager.v1.PagerService.GetStatus:output_type -> pager.v1.GetStatusResponse
+	7,  // 18: pager.v1.PagerService.PrepareMemory:output_type -> pager.v1.PrepareMemoryResponse
+	9,  // 19: pager.v1.PagerService.AttachMemory:output_type -> pager.v1.AttachMemoryResponse
+	11, // 20: pager.v1.PagerService.ReadAhead:output_type -> pager.v1.ReadAheadResponse
+	13, // 21: pager.v1.PagerService.ReleaseMemory:output_type -> pager.v1.ReleaseMemoryResponse
+	15, // 22: pager.v1.PagerService.ServeDisk:output_type -> pager.v1.ServeDiskResponse
+	17, // 23: pager.v1.PagerService.ReadDisk:output_type -> pager.v1.ReadDiskResponse
+	19, // 24: pager.v1.PagerService.StopDisk:output_type -> pager.v1.StopDiskResponse
+	21, // 25: pager.v1.PagerService.YieldDisk:output_type -> pager.v1.YieldDiskResponse
+	23, // 26: pager.v1.PagerService.DropImage:output_type -> pager.v1.DropImageResponse
+	27, // 27: pager.v1.PagerService.EvictMemory:output_type -> pager.v1.EvictMemoryResponse
+	25, // 28: pager.v1.PagerService.GetStats:output_type -> pager.v1.GetStatsResponse
+	17, // [17:29] is the sub-list for method output_type
+	5,  // [5:17] is the sub-list for method input_type
 	5,  // [5:5] is the sub-list for extension type_name
 	5,  // [5:5] is the sub-list for extension extendee
 	0,  // [0:5] is the sub-list for field type_name
@@ -1695,7 +1784,7 @@ func file_pager_v1_pager_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pager_v1_pager_proto_rawDesc), len(file_pager_v1_pager_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   25,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

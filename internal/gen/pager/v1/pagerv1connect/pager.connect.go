@@ -47,6 +47,8 @@ const (
 	// PagerServiceAttachMemoryProcedure is the fully-qualified name of the PagerService's AttachMemory
 	// RPC.
 	PagerServiceAttachMemoryProcedure = "/pager.v1.PagerService/AttachMemory"
+	// PagerServiceReadAheadProcedure is the fully-qualified name of the PagerService's ReadAhead RPC.
+	PagerServiceReadAheadProcedure = "/pager.v1.PagerService/ReadAhead"
 	// PagerServiceReleaseMemoryProcedure is the fully-qualified name of the PagerService's
 	// ReleaseMemory RPC.
 	PagerServiceReleaseMemoryProcedure = "/pager.v1.PagerService/ReleaseMemory"
@@ -80,6 +82,11 @@ type PagerServiceClient interface {
 	// process that may hand its userfaultfd over, and answers at once: the
 	// hand-over happens when the VMM loads its state.
 	AttachMemory(context.Context, *connect.Request[v1.AttachMemoryRequest]) (*connect.Response[v1.AttachMemoryResponse], error)
+	// ReadAhead says that the VM runs: in copy mode the pager begins to put what
+	// starts of the image need into its memory, and answers at once. Before that
+	// it puts in no more than what loading the state needs. In another mode there
+	// is nothing to do; a sandbox that is not served is NOT_FOUND.
+	ReadAhead(context.Context, *connect.Request[v1.ReadAheadRequest]) (*connect.Response[v1.ReadAheadResponse], error)
 	// ReleaseMemory ends the service. The VM process must be dead: a page that
 	// nobody serves would read as zeros.
 	ReleaseMemory(context.Context, *connect.Request[v1.ReleaseMemoryRequest]) (*connect.Response[v1.ReleaseMemoryResponse], error)
@@ -132,6 +139,12 @@ func NewPagerServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			httpClient,
 			baseURL+PagerServiceAttachMemoryProcedure,
 			connect.WithSchema(pagerServiceMethods.ByName("AttachMemory")),
+			connect.WithClientOptions(opts...),
+		),
+		readAhead: connect.NewClient[v1.ReadAheadRequest, v1.ReadAheadResponse](
+			httpClient,
+			baseURL+PagerServiceReadAheadProcedure,
+			connect.WithSchema(pagerServiceMethods.ByName("ReadAhead")),
 			connect.WithClientOptions(opts...),
 		),
 		releaseMemory: connect.NewClient[v1.ReleaseMemoryRequest, v1.ReleaseMemoryResponse](
@@ -190,6 +203,7 @@ type pagerServiceClient struct {
 	getStatus     *connect.Client[v1.GetStatusRequest, v1.GetStatusResponse]
 	prepareMemory *connect.Client[v1.PrepareMemoryRequest, v1.PrepareMemoryResponse]
 	attachMemory  *connect.Client[v1.AttachMemoryRequest, v1.AttachMemoryResponse]
+	readAhead     *connect.Client[v1.ReadAheadRequest, v1.ReadAheadResponse]
 	releaseMemory *connect.Client[v1.ReleaseMemoryRequest, v1.ReleaseMemoryResponse]
 	serveDisk     *connect.Client[v1.ServeDiskRequest, v1.ServeDiskResponse]
 	readDisk      *connect.Client[v1.ReadDiskRequest, v1.ReadDiskResponse]
@@ -213,6 +227,11 @@ func (c *pagerServiceClient) PrepareMemory(ctx context.Context, req *connect.Req
 // AttachMemory calls pager.v1.PagerService.AttachMemory.
 func (c *pagerServiceClient) AttachMemory(ctx context.Context, req *connect.Request[v1.AttachMemoryRequest]) (*connect.Response[v1.AttachMemoryResponse], error) {
 	return c.attachMemory.CallUnary(ctx, req)
+}
+
+// ReadAhead calls pager.v1.PagerService.ReadAhead.
+func (c *pagerServiceClient) ReadAhead(ctx context.Context, req *connect.Request[v1.ReadAheadRequest]) (*connect.Response[v1.ReadAheadResponse], error) {
+	return c.readAhead.CallUnary(ctx, req)
 }
 
 // ReleaseMemory calls pager.v1.PagerService.ReleaseMemory.
@@ -268,6 +287,11 @@ type PagerServiceHandler interface {
 	// process that may hand its userfaultfd over, and answers at once: the
 	// hand-over happens when the VMM loads its state.
 	AttachMemory(context.Context, *connect.Request[v1.AttachMemoryRequest]) (*connect.Response[v1.AttachMemoryResponse], error)
+	// ReadAhead says that the VM runs: in copy mode the pager begins to put what
+	// starts of the image need into its memory, and answers at once. Before that
+	// it puts in no more than what loading the state needs. In another mode there
+	// is nothing to do; a sandbox that is not served is NOT_FOUND.
+	ReadAhead(context.Context, *connect.Request[v1.ReadAheadRequest]) (*connect.Response[v1.ReadAheadResponse], error)
 	// ReleaseMemory ends the service. The VM process must be dead: a page that
 	// nobody serves would read as zeros.
 	ReleaseMemory(context.Context, *connect.Request[v1.ReleaseMemoryRequest]) (*connect.Response[v1.ReleaseMemoryResponse], error)
@@ -316,6 +340,12 @@ func NewPagerServiceHandler(svc PagerServiceHandler, opts ...connect.HandlerOpti
 		PagerServiceAttachMemoryProcedure,
 		svc.AttachMemory,
 		connect.WithSchema(pagerServiceMethods.ByName("AttachMemory")),
+		connect.WithHandlerOptions(opts...),
+	)
+	pagerServiceReadAheadHandler := connect.NewUnaryHandler(
+		PagerServiceReadAheadProcedure,
+		svc.ReadAhead,
+		connect.WithSchema(pagerServiceMethods.ByName("ReadAhead")),
 		connect.WithHandlerOptions(opts...),
 	)
 	pagerServiceReleaseMemoryHandler := connect.NewUnaryHandler(
@@ -374,6 +404,8 @@ func NewPagerServiceHandler(svc PagerServiceHandler, opts ...connect.HandlerOpti
 			pagerServicePrepareMemoryHandler.ServeHTTP(w, r)
 		case PagerServiceAttachMemoryProcedure:
 			pagerServiceAttachMemoryHandler.ServeHTTP(w, r)
+		case PagerServiceReadAheadProcedure:
+			pagerServiceReadAheadHandler.ServeHTTP(w, r)
 		case PagerServiceReleaseMemoryProcedure:
 			pagerServiceReleaseMemoryHandler.ServeHTTP(w, r)
 		case PagerServiceServeDiskProcedure:
@@ -409,6 +441,10 @@ func (UnimplementedPagerServiceHandler) PrepareMemory(context.Context, *connect.
 
 func (UnimplementedPagerServiceHandler) AttachMemory(context.Context, *connect.Request[v1.AttachMemoryRequest]) (*connect.Response[v1.AttachMemoryResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("pager.v1.PagerService.AttachMemory is not implemented"))
+}
+
+func (UnimplementedPagerServiceHandler) ReadAhead(context.Context, *connect.Request[v1.ReadAheadRequest]) (*connect.Response[v1.ReadAheadResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("pager.v1.PagerService.ReadAhead is not implemented"))
 }
 
 func (UnimplementedPagerServiceHandler) ReleaseMemory(context.Context, *connect.Request[v1.ReleaseMemoryRequest]) (*connect.Response[v1.ReleaseMemoryResponse], error) {
