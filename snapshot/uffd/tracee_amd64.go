@@ -67,10 +67,10 @@ func seize(ctx context.Context, proc *process, tid int) (*tracee, error) {
 // interrupt brings the running thread into the stop that PTRACE_INTERRUPT
 // makes.
 func (t *tracee) interrupt(ctx context.Context) error {
+	if err := unix.PtraceInterrupt(t.tid); err != nil {
+		return t.explain("interrupt", err)
+	}
 	for range 64 {
-		if err := unix.PtraceInterrupt(t.tid); err != nil {
-			return t.explain("interrupt", err)
-		}
 		status, err := t.wait(ctx)
 		if err != nil {
 			return err
@@ -82,10 +82,16 @@ func (t *tracee) interrupt(ctx context.Context) error {
 			err := fmt.Errorf("thread %d is stopped by %v", t.tid, unix.Signal(status&0x7f))
 			return errors.Join(err, t.detach(0))
 		}
-		// A signal came first: let it through and stop again.
+		// A signal came first: let it through and stop again. Any stop takes back
+		// what was asked before it. It is asked again while the thread stands
+		// still: where it runs, it may be in the stop that was asked first, and
+		// would make another one in the middle of a call of ours.
 		pass := 0
 		if status>>8 == 0 {
 			pass = status & 0x7f
+		}
+		if err := unix.PtraceInterrupt(t.tid); err != nil {
+			return t.explain("interrupt", err)
 		}
 		if err := unix.PtraceCont(t.tid, pass); err != nil {
 			return t.explain("continue", err)
