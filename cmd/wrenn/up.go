@@ -85,7 +85,7 @@ func newUpCmd() *cobra.Command {
 	f.Float64Var(&o.limits.PerSecond, "rate-limit", httpapi.DefaultLimits.PerSecond, "requests a second for each API key, twice as many at once; -1 is no limit")
 	f.IntVar(&o.limits.Concurrent, "max-requests", httpapi.DefaultLimits.Concurrent, "requests under way for each API key; -1 is no limit")
 	f.IntVar(&o.compact, "compact-above", 32, "generations that a sandbox's or snapshot's memory and disk may each be read from before they are copied together")
-	f.IntVar(&o.pool, "network-pool", 4, "network slots to keep prepared")
+	f.IntVar(&o.pool, "network-pool", 4, "network slots to keep prepared, on Firecracker each with a process that waits for its machine")
 	f.StringVar(&o.addresses, "network-prefix", "", "addresses for the sandboxes' links, a /30 each (default 10.213.0.0/16)")
 	f.StringVar(&o.database, "database", "", "SQLite file or postgres:// URL (default: wrenn.db in the state directory)")
 	f.StringVar(&o.dns, "dns", "1.1.1.1,8.8.8.8", "name servers that sandboxes ask")
