@@ -211,11 +211,8 @@ func (l *launch) start(ctx context.Context) (_ *machine, err error) {
 	defer cancel()
 	brought := make(chan error, 1)
 	go func() { brought <- l.bring(late, p.PID()) }()
-	v, err := m.api.await(ctx, p.Done())
+	err = l.await(ctx, m.api, p)
 	answers()
-	if err == nil && v != l.host.version {
-		err = fmt.Errorf("firecracker %s answers, %s was probed", v, l.host.version)
-	}
 	if err != nil {
 		cancel() // what is brought would be for nobody
 		<-brought
@@ -237,6 +234,15 @@ func (l *launch) stderrPath() string { return filepath.Join(l.args.Dir, logName)
 func (l *launch) undo(err error) error {
 	if l.spare != nil {
 		l.spare.end()
+	}
+	return err
+}
+
+// await returns when the process answers as the program that was probed.
+func (l *launch) await(ctx context.Context, a *api, p *vmm.Process) error {
+	v, err := a.await(ctx, p.Done())
+	if err == nil && v != l.host.version {
+		err = fmt.Errorf("firecracker %s answers, %s was probed", v, l.host.version)
 	}
 	return err
 }

@@ -17,16 +17,23 @@ func (l *launch) apart(start func() (*vmm.Process, error)) (p *vmm.Process, err 
 	if !l.hasDisk() && l.args.NetNS == "" {
 		return start()
 	}
+	onOwnThread(func() {
+		if err = l.enter(); err == nil {
+			p, err = start()
+		}
+	})
+	return p, err
+}
+
+// onOwnThread runs f on a thread that ends with it, whatever namespaces it entered.
+func onOwnThread(f func()) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		runtime.LockOSThread() // and never unlocked
-		if err = l.enter(); err == nil {
-			p, err = start()
-		}
+		f()
 	}()
 	<-done
-	return p, err
 }
 
 // ownMounts gives the thread a mount namespace whose changes nobody else sees.
@@ -64,18 +71,14 @@ func (l *launch) lend(pid int) error {
 		return fmt.Errorf("finding the process's mounts: %w", err)
 	}
 	defer mounts.Close()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked
+	onOwnThread(func() {
 		if err = unix.Unshare(unix.CLONE_FS); err == nil {
 			err = unix.Setns(int(mounts.Fd()), unix.CLONE_NEWNS)
 		}
 		if err == nil {
 			err = unix.MoveMount(file, "", unix.AT_FDCWD, to, unix.MOVE_MOUNT_F_EMPTY_PATH)
 		}
-	}()
-	<-done
+	})
 	if err != nil {
 		return fmt.Errorf("mounting the memory: %w", err)
 	}

@@ -83,20 +83,13 @@ func (d *Driver) startSpare(ctx context.Context, h host, netns string, number in
 	}
 	api := newAPI(filepath.Join(s.launch.root, apiName), s.proc.PID(), d.o.limits())
 	defer api.close()
-	v, err := api.await(ctx, s.proc.Done())
-	if err == nil && v != h.version {
-		err = fmt.Errorf("firecracker %s answers, %s was probed", v, h.version)
-	}
-	return s, err
+	return s, s.launch.await(ctx, api, s.proc)
 }
 
 // spareFor gives the process that was started ahead for these arguments, moved
 // to their directory, or nil.
 func (d *Driver) spareFor(h host, a vmm.HostArgs) *spare {
-	d.mu.Lock()
-	s := d.spares[a.Number]
-	delete(d.spares, a.Number)
-	d.mu.Unlock()
+	s := d.removeSpare(a.Number)
 	if s == nil {
 		return nil
 	}
@@ -192,13 +185,18 @@ func endProcess(p *vmm.Process) error {
 
 // Cool implements vmm.Warmer.
 func (d *Driver) Cool(number int) {
-	d.mu.Lock()
-	s := d.spares[number]
-	delete(d.spares, number)
-	d.mu.Unlock()
-	if s != nil {
+	if s := d.removeSpare(number); s != nil {
 		s.end()
 	}
+}
+
+// removeSpare takes a process off the list, or gives nil.
+func (d *Driver) removeSpare(number int) *spare {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := d.spares[number]
+	delete(d.spares, number)
+	return s
 }
 
 // Close implements vmm.Warmer.
@@ -220,7 +218,7 @@ func (d *Driver) sweepSpares() error {
 	}
 	dirs, err := os.ReadDir(d.o.SpareDir)
 	if errors.Is(err, os.ErrNotExist) {
-		err = os.MkdirAll(d.o.SpareDir, 0o711)
+		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("looking for processes that were started ahead: %w", err)
